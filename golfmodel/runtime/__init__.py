@@ -1,0 +1,1 @@
+"""What every room may use: errors, atomic files, the process group, the run log, progress."""

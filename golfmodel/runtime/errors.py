@@ -1,0 +1,48 @@
+"""The errors a user can cause, one base class, and how a front door reports them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class GolfError(Exception):
+    """Something the user can mend; the message names the thing, its value and what would be valid."""
+
+
+class ConfigError(GolfError, ValueError):
+    """An option that is unknown, malformed, impossible, or at odds with another."""
+
+
+class DataError(GolfError, ValueError):
+    """A corpus, shard or tokenizer that is missing, damaged, or does not fit the model."""
+
+
+class ArtifactError(GolfError, ValueError):
+    """An artifact or paid prefix that is damaged, foreign, or does not fit the text."""
+
+
+class TrainingError(GolfError, RuntimeError):
+    """A training run that cannot go on, such as one whose loss is no longer finite."""
+
+
+class StorageError(GolfError, OSError):
+    """A file or directory that cannot be written."""
+
+
+def front_door(main: Callable[..., int]) -> Callable[..., int]:
+    """Wraps a command's `main`: a `GolfError` becomes one line on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def guarded(*args: object, **kwargs: object) -> int:
+        try:
+            return main(*args, **kwargs)
+        except GolfError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130
+
+    return guarded
