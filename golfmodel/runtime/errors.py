@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -32,14 +33,18 @@ class StorageError(GolfError, OSError):
 
 
 def front_door(main: Callable[..., int]) -> Callable[..., int]:
-    """Wraps a command's `main`: a `GolfError` becomes one line on stderr and exit status 2."""
+    """Wraps a command's `main`: a `GolfError` becomes one line on stderr and exit status 2.
+
+    Under torchrun, ranks other than 0 say which they are.
+    """
 
     @functools.wraps(main)
     def guarded(*args: object, **kwargs: object) -> int:
         try:
             return main(*args, **kwargs)
         except GolfError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            rank = os.environ.get("RANK", "0")
+            print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)

@@ -80,4 +80,6 @@ class Progress:
         total = "" if self._total is None else f"/{self._total}"
         fields = "".join(f" {name}:{value}" for name, value in self._fields.items())
         seconds = now - self._started
-        print(f"{self._label}: {self._done}{total} {self._unit} in {seconds:.1f}s{fields}", file=self._stream, flush=True)
+        print(
+            f"{self._label}: {self._done}{total} {self._unit} in {seconds:.1f}s{fields}", file=self._stream, flush=True
+        )

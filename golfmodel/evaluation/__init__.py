@@ -1,0 +1,1 @@
+"""Bits per byte, by windows that score every target once."""

@@ -1,0 +1,1 @@
+"""The language model: input stage, attention, MLP, blocks, and what each parameter is."""

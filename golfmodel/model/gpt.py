@@ -1,0 +1,106 @@
+"""The whole model: input stage, blocks with U-Net skips, head, losses.
+
+B batch, T time, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from golfmodel.config import Config
+from golfmodel.model.attention import Rotary, document_mask
+from golfmodel.model.block import Block
+from golfmodel.model.embedding import InputStage
+from golfmodel.model.layers import Matrix, declare_channels, rms_norm
+from golfmodel.model.parameters import Group, Storage
+
+
+class UNetSkips(nn.Module):
+    """A weight per channel for each skip from the first half of the blocks to the second; 1 at the start."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.count = config.num_layers // 2
+        for index in range(self.count):
+            declare_channels(self, f"weight_{index}", config.model_dim, 1.0)
+
+    def forward(self, index: int, x_BTD: Tensor, skip_BTD: Tensor) -> Tensor:
+        weight_D: Tensor = getattr(self, f"weight_{index}")
+        return x_BTD + weight_D.to(x_BTD.dtype) * skip_BTD
+
+
+class GPT(nn.Module):
+    """A language model over `VOCAB_SIZE` pieces; RECIPE's names are the options of `Config`.
+
+    Weights start from PyTorch's global generator: call `torch.manual_seed` first. Calling the model gives the
+    training loss; `token_losses` and `logits` are for evaluation.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        dtype = getattr(torch, config.compute_dtype)
+        self.input = InputStage(config, dtype)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.skips = UNetSkips(config)
+        self.rotary = Rotary(config, dtype)
+        self.head: Matrix | None = None
+        if not config.tie_embeddings:
+            self.head = Matrix(config.model_dim, config.vocab_size, storage=Storage.INT8, group=Group.HEAD, gain=0.0)
+        self.future_heads = nn.ModuleList(
+            Matrix(config.model_dim, config.vocab_size, storage=Storage.NONE, gain=0.0)
+            for _ in range(config.mtp_num_heads)
+        )
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """The training loss: mean cross-entropy in nats, plus the weighted mean over multi-token heads.
+
+        Head k >= 0 predicts token i + 2 + k from position i, which is `targets[i + 1 + k]`.
+        """
+        x_BTD = self.hidden(tokens_BT)
+        loss = F.cross_entropy(self._logits(x_BTD).flatten(0, 1), targets_BT.flatten())
+        if len(self.future_heads):
+            extra = x_BTD.new_zeros((), dtype=torch.float32)
+            for k, head in enumerate(self.future_heads):
+                logits = self._soft_cap(head(x_BTD[:, : -(k + 1)]))
+                extra = extra + F.cross_entropy(logits.flatten(0, 1), targets_BT[:, k + 1 :].flatten())
+            loss = loss + self.config.mtp_loss_weight / len(self.future_heads) * extra
+        return loss
+
+    def token_losses(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Cross-entropy of each target in nats, float32 `[B, T]`."""
+        logits_BTV = self.logits(tokens_BT)
+        losses = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+        return losses.view_as(targets_BT)
+
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """Soft-capped logits in float32 `[B, T, V]`."""
+        return self._logits(self.hidden(tokens_BT))
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """The last block's output after the final RMS norm `[B, T, D]`, in the compute dtype."""
+        document_start_BT, mask = None, None
+        if self.config.document_boundaries:
+            document_start_BT = tokens_BT == self.config.bos_token_id
+            mask = document_mask(document_start_BT)
+        x0_BTD = self.input(tokens_BT, document_start_BT)
+        rotary = self.rotary(tokens_BT.size(1))
+        x_BTD = x0_BTD
+        outputs: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            if index >= self.skips.count and outputs:
+                x_BTD = self.skips(index - self.skips.count, x_BTD, outputs.pop())
+            x_BTD = block(x_BTD, x0_BTD, rotary, mask)
+            if index < self.skips.count:
+                outputs.append(x_BTD)
+        return rms_norm(x_BTD)
+
+    def _logits(self, x_BTD: Tensor) -> Tensor:
+        weight_VD = self.input.token.weight if self.head is None else self.head.cast(x_BTD.dtype)
+        return self._soft_cap(F.linear(x_BTD, weight_VD))
+
+    def _soft_cap(self, logits: Tensor) -> Tensor:
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits.float() / cap)

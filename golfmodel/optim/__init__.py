@@ -1,0 +1,1 @@
+"""Muon, the parameter groups, the schedule, weight averaging."""

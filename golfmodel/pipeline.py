@@ -1,0 +1,217 @@
+"""The corridor from a config to a scored artifact: train, average, quantize, write, read back, score, report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from golfmodel import report
+from golfmodel.artifact import parts, prefix, readback, submission
+from golfmodel.artifact.container import Artifact, decode_artifact, write_artifact
+from golfmodel.config import Config
+from golfmodel.data.loader import Loader, make_loader
+from golfmodel.data.text import ValidationText, load_validation_text
+from golfmodel.data.tokenizer import Tokenizer
+from golfmodel.evaluation.evaluator import Evaluator
+from golfmodel.model.gpt import GPT
+from golfmodel.runtime.compiling import compiled
+from golfmodel.runtime.distributed import Ranks, process_group, world_size_of
+from golfmodel.runtime.errors import ConfigError
+from golfmodel.runtime.files import write_json
+from golfmodel.runtime.runlog import RunLog, new_run_id
+from golfmodel.runtime.versions import versions
+from golfmodel.training.trainer import Trainer, TrainingResult
+
+ARTIFACT_NAME = "model.golf"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, checked before any process group or GPU is touched."""
+
+    tokenizer: Tokenizer
+    text: ValidationText
+    prefix_targets: int
+
+
+def run(config: Config, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The whole pipeline on this rank; rank 0 writes `summary.json` and returns it, the others return nothing in it.
+
+    Raises:
+        GolfError: a bad option, input or disk, or a training run that failed; the message says what would be valid.
+    """
+    config.rows_per_micro_batch(world_size_of(environment))
+    inputs = open_inputs(config)
+    run_directory = Path(config.runs_dir) / (config.run_id or new_run_id())
+    with (
+        process_group(config.device, environment) as ranks,
+        RunLog(run_directory, enabled=ranks.is_main) as log,
+        open_loader(config, ranks) as loader,
+    ):
+        found = versions()
+        log.event("start", config=config.to_dict(), world_size=ranks.world_size, versions=found)
+        if ranks.is_main:
+            write_json(run_directory / "config.json", config.to_dict())
+            print(f"run {run_directory} on {ranks.world_size} x {found['gpu'] or 'CPU'}", flush=True)
+        evaluator = Evaluator(
+            inputs.text,
+            ranks,
+            length=config.eval_seq_len,
+            stride=config.eval_stride,
+            batch_tokens=config.val_batch_size,
+        )
+        model, result, scores = _train(config, loader, ranks, log, evaluator)
+        artifact, artifact_scores = _export(config, model, inputs, ranks, evaluator, run_directory / ARTIFACT_NAME)
+        scores.update(artifact_scores)
+        log.event("scored", **scores)
+        summary: dict[str, Any] = {}
+        if ranks.is_main:
+            submitted = submission.check_submission(
+                run_directory / ARTIFACT_NAME,
+                prefix=config.paid_prefix_file or None,
+                train_seconds=result.seconds,
+            )
+            by_part = parts.bytes_by_part(artifact, submitted.artifact_bytes)
+            summary = _summary(config, inputs, result, scores, submitted, by_part, model, ranks, found)
+            write_json(run_directory / "summary.json", summary)
+            picture = report.draw(run_directory)
+            print(report.describe(summary), flush=True)
+            print(f"\nartifact: {run_directory / ARTIFACT_NAME}", flush=True)
+            print(f"report: {picture or 'not drawn, matplotlib is missing (the plot extra)'}", flush=True)
+    return summary
+
+
+def open_inputs(config: Config) -> Inputs:
+    """The tokenizer, the validation text and the paid prefix of a config, checked against each other.
+
+    Raises:
+        GolfError: one of them is missing, damaged, or at odds with the config.
+    """
+    tokenizer = Tokenizer(config.tokenizer_path, config.vocab_size)
+    if tokenizer.bos_id != config.bos_token_id:
+        raise ConfigError(
+            f"BOS_TOKEN_ID (--bos-token-id) is {config.bos_token_id}: the tokenizer {config.tokenizer_path} starts "
+            f"documents with {tokenizer.bos_id}"
+        )
+    text = load_validation_text(config.data_path, tokenizer)
+    if not config.paid_prefix_file:
+        return Inputs(tokenizer, text, 0)
+    covered = prefix.load_prefix(config.paid_prefix_file, config.paid_prefix_codec, np.asarray(text.tokens[1:]))
+    return Inputs(tokenizer, text, len(covered))
+
+
+def open_loader(config: Config, ranks: Ranks) -> Loader:
+    """This rank's training batches."""
+    return make_loader(
+        directory=config.data_path,
+        order=config.data_order,
+        seq_len=config.train_seq_len,
+        batch_tokens=config.train_batch_tokens,
+        micro_batch_tokens=config.rows_per_micro_batch(ranks.world_size) * config.train_seq_len,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=config.seed,
+        vocab_size=config.vocab_size,
+        device=ranks.device,
+    )
+
+
+def build_model(config: Config, ranks: Ranks) -> GPT:
+    """The initial model: seeded, on the device, the same on every rank."""
+    torch.manual_seed(config.seed)
+    model = GPT(config).to(ranks.device)
+    ranks.broadcast_parameters(model.parameters())
+    return model
+
+
+def _train(
+    config: Config, loader: Loader, ranks: Ranks, log: RunLog, evaluator: Evaluator
+) -> tuple[GPT, TrainingResult, dict[str, float]]:
+    """Trains and averages; returns the model as it will be exported, and its scores before quantization."""
+    model = build_model(config, ranks)
+    token_losses = compiled(model.token_losses, config.compile, ranks.device)
+
+    def bits_per_byte() -> float:
+        return evaluator.side_by_side(token_losses, "validating").bits_per_byte
+
+    trainer = Trainer(
+        config,
+        model,
+        compiled(model, config.compile, ranks.device),
+        loader,
+        loader.micro_batches_per_step,
+        ranks,
+        log,
+        bits_per_byte,
+    )
+    trainer.warm_up()
+    result = trainer.train()
+    loader.close()
+    model.eval()
+    scores = {"val_bpb_training": bits_per_byte()}
+    averaged = trainer.average.apply()
+    scores["val_bpb_averaged"] = bits_per_byte() if averaged else scores["val_bpb_training"]
+    log.event("trained", steps=result.steps, train_seconds=result.seconds, averaged=result.averaged_copies, **scores)
+    return model, result, scores
+
+
+def _export(
+    config: Config, model: GPT, inputs: Inputs, ranks: Ranks, evaluator: Evaluator, path: Path
+) -> tuple[Artifact, dict[str, float | None]]:
+    """Writes the artifact to `path`, reads the file back on every rank, and scores what it holds."""
+    written = None
+    if ranks.is_main:
+        artifact = readback.pack_model(model, inputs.tokenizer.digest, show_progress=True)
+        write_artifact(path, artifact, show_progress=True)
+        written = path.read_bytes()
+    artifact = decode_artifact(ranks.broadcast_bytes(written), str(path))
+    read_back = readback.unpack_model(artifact, ranks.device, str(path))
+    scores = readback.score_model(read_back, evaluator, config.compile, inputs.prefix_targets)
+    return artifact, {
+        "val_bpb_int6": scores.int6,
+        "val_bpb": scores.sliding,
+        "val_bpb_with_prefix": scores.with_prefix,
+    }
+
+
+def _summary(
+    config: Config,
+    inputs: Inputs,
+    result: TrainingResult,
+    scores: dict[str, float | None],
+    submitted: submission.Submission,
+    bytes_by_part: dict[str, int],
+    model: GPT,
+    ranks: Ranks,
+    found: dict[str, Any],
+) -> dict[str, Any]:
+    on_gpu = ranks.device.type == "cuda"
+    return {
+        "val_bpb": scores["val_bpb"],
+        "val_bpb_training": scores["val_bpb_training"],
+        "val_bpb_averaged": scores["val_bpb_averaged"],
+        "val_bpb_int6": scores["val_bpb_int6"],
+        "val_bpb_with_prefix": scores["val_bpb_with_prefix"],
+        **submitted.summary(),
+        "artifact_bytes_by_part": bytes_by_part,
+        "train_seconds": result.seconds,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "tokens_per_second": result.tokens_per_second,
+        "averaged_copies": result.averaged_copies,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "validation_targets": inputs.text.num_targets,
+        "validation_bytes": int(inputs.text.target_bytes.sum()),
+        "validation_digest": inputs.text.digest,
+        "world_size": ranks.world_size,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "kernels": os.environ.get("GOLF_KERNELS", "auto"),
+        "seed": config.seed,
+        "versions": found,
+    }

@@ -1,0 +1,138 @@
+"""The ranks of a run: one process, or as many as torchrun starts, on one host or several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from golfmodel.runtime.errors import ConfigError
+
+TIMEOUT = timedelta(minutes=10)
+
+
+def world_size_of(environment: Mapping[str, str]) -> int:
+    """How many ranks torchrun started, 1 without it.
+
+    Raises:
+        ConfigError: `WORLD_SIZE` is no positive whole number.
+    """
+    text = environment.get("WORLD_SIZE", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"WORLD_SIZE is {text!r}: must be a positive whole number, as torchrun sets it")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks, and the few ways in which they speak to each other.
+
+    Tensors travel over NCCL between GPUs and gloo between CPUs. Host values travel over `control`, a gloo group, so
+    that agreeing on the time or a file never waits for a GPU.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replaces each gradient by its mean over ranks, through one float32 all-reduce."""
+        if self.world_size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten().float() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        pieces = flat.split([g.numel() for g in gradients])
+        torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
+
+    def reduce_sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks of a tensor on the device, on every rank."""
+        return self._reduced(value, dist.ReduceOp.SUM)
+
+    def reduce_min(self, value: Tensor) -> Tensor:
+        """The elementwise minimum over ranks of a tensor on the device, on every rank."""
+        return self._reduced(value, dist.ReduceOp.MIN)
+
+    def _reduced(self, value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.world_size == 1:
+            return value
+        result = value.clone()
+        dist.all_reduce(result, op=operation)
+        return result
+
+    def broadcast_parameters(self, parameters: Iterable[Tensor]) -> None:
+        """Gives every rank rank 0's values."""
+        if self.world_size > 1:
+            for parameter in parameters:
+                dist.broadcast(parameter.detach(), src=0)
+
+    def broadcast_number(self, value: float) -> float:
+        """Rank 0's `value` on every rank, exactly; touches no GPU."""
+        if self.world_size == 1:
+            return value
+        message = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(message, src=0, group=self.control)
+        return message.item()
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        """Rank 0's `data` on every rank; the others pass None."""
+        if self.world_size == 1:
+            assert data is not None
+            return data
+        size = int(self.broadcast_number(len(data) if data is not None else 0))
+        message = torch.empty(size, dtype=torch.uint8)
+        if data is not None:
+            message.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(message, src=0, group=self.control)
+        return message.numpy().tobytes()
+
+    def barrier(self) -> None:
+        """Waits until every rank's host is here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+
+
+@contextmanager
+def process_group(device: str = "auto", environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+    """Joins the ranks that torchrun started and leaves them at the end; one process needs no group.
+
+    Args:
+        device: "cuda", "cpu", or "auto" for a GPU if there is one.
+        environment: where `RANK`, `WORLD_SIZE` and `LOCAL_RANK` stand.
+
+    Raises:
+        ConfigError: no GPU, or fewer than the ranks on this host.
+    """
+    world_size = world_size_of(environment)
+    rank, local_rank = int(environment.get("RANK", "0")), int(environment.get("LOCAL_RANK", "0"))
+    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if on_gpu:
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU: this host shows {count}; "
+                f"use --nproc_per_node {count}" + ("" if count else " with DEVICE=cpu")
+            )
+        torch.cuda.set_device(local_rank)
+    place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if world_size == 1:
+        yield Ranks(rank=0, world_size=1, device=place)
+        return
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=place if on_gpu else None)
+    try:
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else dist.group.WORLD
+        yield Ranks(rank=rank, world_size=world_size, device=place, control=control)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,69 @@
+"""Training time: what counts, and when to stop so that a limit is kept."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import torch
+
+RECENT_STEPS = 20
+
+
+class TrainingClock:
+    """Seconds of training so far; validation and everything else between `pause` and `resume` does not count.
+
+    The host runs ahead of a GPU by at most `STEPS_IN_FLIGHT` steps (`wait_for_room`), so host time is device time to
+    within that.
+    """
+
+    STEPS_IN_FLIGHT = 2
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._counted = 0.0
+        self._since: float | None = None
+        self._last_lap = 0.0
+        self._laps: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._in_flight: deque[torch.cuda.Event] = deque()
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far."""
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self._counted + running
+
+    def resume(self) -> None:
+        """Counts from now on, once the device has finished what came before."""
+        self._synchronize()
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops counting, once the device has finished every step."""
+        self._synchronize()
+        self._counted, self._since = self.seconds, None
+
+    def step_launched(self) -> None:
+        """Marks the end of a step on the device and records how long it kept the host."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self._in_flight.append(event)
+        now = self.seconds
+        self._laps.append(now - self._last_lap)
+        self._last_lap = now
+
+    def wait_for_room(self) -> None:
+        """Waits until fewer than `STEPS_IN_FLIGHT` steps are unfinished on the device."""
+        while len(self._in_flight) >= self.STEPS_IN_FLIGHT:
+            self._in_flight.popleft().synchronize()
+
+    def end_of_next_step(self) -> float:
+        """When a step launched now would end at the latest, were it as slow as the slowest of the recent ones."""
+        slowest = max(self._laps, default=0.0)
+        return self.seconds + (len(self._in_flight) + 1) * slowest
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            self._in_flight.clear()
