@@ -1,0 +1,214 @@
+"""Every op in plain PyTorch: the definition that the kernels are held to.
+
+float64 inputs are computed in float64, every other dtype in float32, and the result is cast back. Nothing
+here checks its arguments: the public functions of `kernels` do, and hand over to these.
+
+Shapes: B batch, T time, D channels, K buckets, R rows, C columns, G groups of four columns; N matrices of S
+rows and L columns, S <= L.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Triple = tuple[float, float, float]
+
+INT6_LIMIT = 31  # the quantizer's largest code; packing also carries -32
+FP16_MAX = 65504.0
+
+# Amsel et al. 2025, arXiv:2505.16932: the optimal quintics for singular values down to 1e-3 of the norm; the
+# last one repeats. As published, each but the last is evaluated at x / 1.01, so that a singular value which
+# rounding pushes past the interval it was made for still converges.
+_POLAR_EXPRESS_EXACT = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+_POLAR_EXPRESS = (
+    *((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLAR_EXPRESS_EXACT),
+    (1.875, -1.25, 0.375),
+)
+
+NAMED_COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
+    "quintic": ((3.4445, -4.7750, 2.0315),),
+    "polar_express": _POLAR_EXPRESS,
+}
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def smear_gate(x_BTD: Tensor, gate_D: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
+    """y_i = (1 - g) * x_i + g * x_{i-1}, g = sigmoid(gate), with x_{-1} = 0 at every document start."""
+    dtype = _compute_dtype(x_BTD.dtype)
+    current_BTD = x_BTD.to(dtype)
+    previous_BTD = torch.cat((torch.zeros_like(current_BTD[:, :1]), current_BTD[:, :-1]), dim=1)
+    if document_start_BT is not None:
+        previous_BTD = previous_BTD.masked_fill(document_start_BT.unsqueeze(-1), 0)
+    mix_D = torch.sigmoid(gate_D.to(dtype))
+    return ((1 - mix_D) * current_BTD + mix_D * previous_BTD).to(x_BTD.dtype)
+
+
+def bigram_hash(tokens_BT: Tensor, num_buckets: int, document_start_BT: Tensor | None = None) -> Tensor:
+    """((36313 * t_i) XOR (27191 * t_{i-1})) mod (K - 1) in wrapping int32; K - 1 at every start."""
+    # Only the low 32 bits of the products matter. Masking first keeps every int64 product exact, so that the
+    # wrap to int32 is arithmetic and the same on every device, not an overflow.
+    low_BT = tokens_BT.to(torch.int64) & 0xFFFFFFFF
+    mixed_BT = (36313 * low_BT[:, 1:]) ^ (27191 * low_BT[:, :-1])
+    signed_BT = ((mixed_BT & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+    later_BT = torch.remainder(signed_BT, num_buckets - 1)
+    buckets_BT = torch.cat((torch.full_like(low_BT[:, :1], num_buckets - 1), later_BT), dim=1)
+    if document_start_BT is not None:
+        buckets_BT = buckets_BT.masked_fill(document_start_BT, num_buckets - 1)
+    return buckets_BT
+
+
+def bigram_hash_embed(
+    tokens_BT: Tensor, table_KD: Tensor, scale: Tensor | None = None, document_start_BT: Tensor | None = None
+) -> Tensor:
+    """table[bigram_hash(tokens, K)] * scale, in the table's dtype."""
+    dtype = _compute_dtype(table_KD.dtype)
+    buckets_BT = bigram_hash(tokens_BT, table_KD.shape[0], document_start_BT)
+    # The upcast comes before the lookup so that the table's gradient is summed in `dtype`, and F.embedding
+    # sums it in a fixed order: the same bits each time.
+    rows_BTD = F.embedding(buckets_BT, table_KD.to(dtype))
+    if scale is not None:
+        rows_BTD = rows_BTD * scale.to(dtype)
+    return rows_BTD.to(table_KD.dtype)
+
+
+def quantize_int6(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """scale = fp16(max|w| / 31), 1 where 0, at most 65504; codes = clamp(round(w / scale), -31, 31)."""
+    # NaN becomes 0, and an infinity the largest finite number, where scale and code are saturated as well.
+    values_RC = torch.nan_to_num(weight_RC.detach().to(_compute_dtype(weight_RC.dtype)))
+    rows, columns = values_RC.shape
+    largest_R = values_RC.abs().amax(dim=1) if columns else values_RC.new_zeros(rows)
+    scale_R = (largest_R / INT6_LIMIT).clamp(max=FP16_MAX).to(torch.float16)
+    scale_R = torch.where(scale_R == 0, torch.ones_like(scale_R), scale_R)
+    levels_RC = torch.round(values_RC / scale_R.to(values_RC.dtype).unsqueeze(1))
+    return levels_RC.clamp(-INT6_LIMIT, INT6_LIMIT).to(torch.int8), scale_R
+
+
+def dequantize_int6(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """float32(codes) * float32(scale), cast to `dtype`; the product needs 17 bits, so it is exact."""
+    return (codes.to(torch.float32) * scale.to(torch.float32).unsqueeze(1)).to(dtype)
+
+
+class _FakeQuantizeInt6(torch.autograd.Function):
+    """The rounded weight forward, the gradient of a plain cast backward."""
+
+    @staticmethod
+    def forward(weight_RC: Tensor, dtype: torch.dtype) -> Tensor:
+        return dequantize_int6(*quantize_int6(weight_RC), dtype)
+
+    @staticmethod
+    def setup_context(
+        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, torch.dtype], output: Tensor
+    ) -> None:
+        ctx.weight_dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_RC: Tensor) -> tuple[Tensor, None]:
+        return grad_RC.to(ctx.weight_dtype), None
+
+
+def fake_quantize_int6(weight_RC: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """dequantize(quantize(weight)) in `dtype` (the weight's by default); the gradient passes unchanged."""
+    return _FakeQuantizeInt6.apply(weight_RC, weight_RC.dtype if dtype is None else dtype)
+
+
+def pack_int6(codes_RC: Tensor) -> Tensor:
+    """Four codes, offset by 32, as one little-endian 24-bit word; code 0 fills the last group."""
+    rows, columns = codes_RC.shape
+    padded_RC = F.pad(codes_RC.to(torch.int32), (0, -columns % 4))
+    first, second, third, fourth = ((padded_RC + 32) & 63).reshape(rows, -(-columns // 4), 4).unbind(-1)
+    word_RG = first | second << 6 | third << 12 | fourth << 18
+    return torch.stack([word_RG >> shift & 255 for shift in (0, 8, 16)], dim=-1).flatten(1).to(torch.uint8)
+
+
+def unpack_int6(packed: Tensor, num_columns: int) -> Tensor:
+    """The codes that `pack_int6` packed."""
+    rows, size = packed.shape
+    low, middle, high = packed.to(torch.int32).reshape(rows, size // 3, 3).unbind(-1)
+    word_RG = low | middle << 8 | high << 16
+    codes_RC = torch.stack([word_RG >> shift & 63 for shift in (0, 6, 12, 18)], dim=-1).flatten(1) - 32
+    return codes_RC[:, :num_columns].to(torch.int8)
+
+
+def coefficients_per_step(coefficients: str | Triple | Sequence[Triple] | None, steps: int) -> tuple[Triple, ...]:
+    """One (a, b, c) a step; a named list or a single triple goes on with its last entry."""
+    if coefficients is None:
+        coefficients = "quintic"
+    if isinstance(coefficients, str):
+        triples = NAMED_COEFFICIENTS[coefficients]
+    elif isinstance(coefficients[0], (int, float)):
+        triples = (tuple(coefficients),)
+    else:
+        triples = tuple(tuple(triple) for triple in coefficients)
+    return tuple(triples[min(step, len(triples) - 1)] for step in range(steps))
+
+
+def newton_schulz(
+    matrices: Tensor | Sequence[Tensor],
+    *,
+    steps: int = 5,
+    coefficients: str | Triple | Sequence[Triple] | None = None,
+) -> Tensor | list[Tensor] | tuple[Tensor, ...]:
+    """X = G / (||G||_F + 1e-7), then A = X X^T, X = a X + (b A + c A^2) X on the short side, `steps` times.
+
+    Matrices of one shape, or of its transpose, are iterated as one batch.
+    """
+    triples = coefficients_per_step(coefficients, steps)
+    if isinstance(matrices, Tensor):
+        return _orthogonalize_all([matrices], triples)[0]
+    results = _orthogonalize_all(matrices, triples)
+    return tuple(results) if isinstance(matrices, tuple) else results
+
+
+def _orthogonalize_all(matrices: Sequence[Tensor], triples: Sequence[Triple]) -> list[Tensor]:
+    groups: dict[tuple[int, int, torch.dtype], list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        rows, columns = matrix.shape[-2:]
+        groups.setdefault((min(rows, columns), max(rows, columns), matrix.dtype), []).append(index)
+    results: dict[int, Tensor] = {}
+    for (short, long, _), indices in groups.items():
+        batches = []
+        for index in indices:
+            matrix = matrices[index]
+            wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+            batches.append(wide.reshape(math.prod(wide.shape[:-2]), short, long))
+        pieces = _orthogonalize(torch.cat(batches), triples).split([len(batch) for batch in batches])
+        for index, piece in zip(indices, pieces, strict=True):
+            *leading, rows, columns = matrices[index].shape
+            wide = piece.reshape(*leading, short, long)
+            results[index] = wide if rows <= columns else wide.mT
+    return [results[index] for index in range(len(matrices))]
+
+
+def _orthogonalize(batch_NSL: Tensor, triples: Sequence[Triple]) -> Tensor:
+    product_dtype = torch.float64 if batch_NSL.dtype == torch.float64 else torch.bfloat16
+    if batch_NSL.numel() == 0:
+        return batch_NSL.to(product_dtype)
+    x_NSL = batch_NSL.to(_compute_dtype(batch_NSL.dtype))
+    # Squares of entries near the top of the float range overflow: divide by the largest entry where it is
+    # above 1, and the 1e-7 with it, which leaves the quotient as it is.
+    peak_N11 = torch.linalg.vector_norm(x_NSL, ord=math.inf, dim=(-2, -1), keepdim=True).clamp(min=1)
+    x_NSL = x_NSL / peak_N11
+    norm_N11 = torch.linalg.vector_norm(x_NSL, dim=(-2, -1), keepdim=True)
+    x_NSL = (x_NSL / (norm_N11 + 1e-7 / peak_N11)).to(product_dtype)
+    for a, b, c in triples:
+        gram_NSS = torch.bmm(x_NSL, x_NSL.mT)
+        # With alpha 0, torch 2.13's bfloat16 baddbmm on a CPU leaves beta out, or the result unwritten.
+        polynomial_NSS = torch.baddbmm(gram_NSS, gram_NSS, gram_NSS, beta=b, alpha=c) if c else b * gram_NSS
+        x_NSL = torch.baddbmm(x_NSL, polynomial_NSS, x_NSL, beta=a)
+    return x_NSL
