@@ -275,7 +275,8 @@ PRESETS["quick"] = (
         "warmdown_iters": 600,
         "swa_every": 50,
         "max_wallclock_seconds": 120.0,
-        "val_loss_every": 0,
+        "val_loss_every": 300,
+        "train_log_every": 50,
         "data_order": "shuffled",
     },
 )

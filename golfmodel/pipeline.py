@@ -16,12 +16,14 @@ from golfmodel.artifact import parts, prefix, readback, submission
 from golfmodel.artifact.container import Artifact, decode_artifact, write_artifact
 from golfmodel.config import Config
 from golfmodel.data.loader import Loader, make_loader
+from golfmodel.data.shards import find_shards, open_shard
 from golfmodel.data.text import ValidationText, load_validation_text
 from golfmodel.data.tokenizer import Tokenizer
 from golfmodel.evaluation.evaluator import Evaluator
+from golfmodel.evaluation.windows import plan_windows
 from golfmodel.model.gpt import GPT
 from golfmodel.runtime.compiling import compiled
-from golfmodel.runtime.distributed import Ranks, process_group, world_size_of
+from golfmodel.runtime.distributed import Ranks, process_group, rank_of, world_size_of
 from golfmodel.runtime.errors import ConfigError
 from golfmodel.runtime.files import write_json
 from golfmodel.runtime.runlog import RunLog, new_run_id
@@ -50,8 +52,8 @@ def run(config: Config, environment: Mapping[str, str] = os.environ) -> dict[str
     inputs = open_inputs(config)
     run_directory = Path(config.runs_dir) / (config.run_id or new_run_id())
     with (
+        RunLog(run_directory, enabled=rank_of(environment) == 0) as log,
         process_group(config.device, environment) as ranks,
-        RunLog(run_directory, enabled=ranks.is_main) as log,
         open_loader(config, ranks) as loader,
     ):
         found = versions()
@@ -90,6 +92,8 @@ def run(config: Config, environment: Mapping[str, str] = os.environ) -> dict[str
 def open_inputs(config: Config) -> Inputs:
     """The tokenizer, the validation text and the paid prefix of a config, checked against each other.
 
+    Training shards have their headers checked here too, so that a damaged one shows before the ranks meet.
+
     Raises:
         GolfError: one of them is missing, damaged, or at odds with the config.
     """
@@ -99,7 +103,10 @@ def open_inputs(config: Config) -> Inputs:
             f"BOS_TOKEN_ID (--bos-token-id) is {config.bos_token_id}: the tokenizer {config.tokenizer_path} starts "
             f"documents with {tokenizer.bos_id}"
         )
+    for path in find_shards(config.data_path, "train"):
+        open_shard(path)
     text = load_validation_text(config.data_path, tokenizer)
+    plan_windows(text.num_targets, config.eval_seq_len, config.eval_stride or config.eval_seq_len)
     if not config.paid_prefix_file:
         return Inputs(tokenizer, text, 0)
     covered = prefix.load_prefix(config.paid_prefix_file, config.paid_prefix_codec, np.asarray(text.tokens[1:]))

@@ -81,6 +81,7 @@ def _plot_bits_per_byte(axes: Axes, validation: list[dict[str, Any]], summary: d
         if summary[name] is not None:
             axes.plot([summary["train_seconds"]], [summary[name]], marker, label=f"{label} {summary[name]:.4f}")
     axes.set(title="validation", xlabel="training seconds", ylabel="bits per byte")
+    axes.set_xlim(0, 1.05 * summary["train_seconds"])
     axes.legend()
     axes.grid(alpha=0.3)
 
@@ -92,7 +93,7 @@ def _plot_rate(axes: Axes, seconds: list[float], train: list[dict[str, Any]]) ->
     axes.yaxis.label.set_color("tab:orange")
     speed = axes.twinx()
     speed.plot(seconds, [event["tokens_per_second"] for event in train], color="tab:green")
-    speed.set_ylim(bottom=0)
+    speed.set_ylim(0, 1.3 * max((event["tokens_per_second"] for event in train), default=1.0))
     speed.set_ylabel("tokens a second", color="tab:green")
     axes.grid(alpha=0.3)
 
@@ -105,7 +106,7 @@ def _plot_bytes(axes: Axes, summary: dict[str, Any]) -> None:
     names = list(parts)
     bars = axes.barh(names, [parts[name] for name in names], color="tab:purple")
     axes.bar_label(bars, labels=[f"{parts[name]:,}" for name in names], padding=3)
-    axes.margins(x=0.2)
+    axes.margins(x=0.25)
     axes.invert_yaxis()
     axes.set(title=f"{summary['total_bytes']:,} of {summary['limit_bytes']:,} bytes", xlabel="bytes")
 

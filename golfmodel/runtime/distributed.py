@@ -29,6 +29,11 @@ def world_size_of(environment: Mapping[str, str]) -> int:
     return int(text)
 
 
+def rank_of(environment: Mapping[str, str]) -> int:
+    """This process's rank, 0 without torchrun."""
+    return int(environment.get("RANK", "0"))
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among the ranks, and the few ways in which they speak to each other.
@@ -116,7 +121,7 @@ def process_group(device: str = "auto", environment: Mapping[str, str] = os.envi
         ConfigError: no GPU, or fewer than the ranks on this host.
     """
     world_size = world_size_of(environment)
-    rank, local_rank = int(environment.get("RANK", "0")), int(environment.get("LOCAL_RANK", "0"))
+    rank, local_rank = rank_of(environment), int(environment.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if on_gpu:
         count = torch.cuda.device_count()

@@ -36,15 +36,14 @@ class RunLog:
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("x", encoding="utf-8")
-        except FileExistsError as error:
-            raise StorageError(
-                f"{self.directory} already holds a run: choose another RUN_ID or move that directory away"
-            ) from error
+            self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise StorageError(
                 f"cannot write in the run directory {self.directory} (RUNS_DIR, RUN_ID): {error.strerror}"
             ) from error
+        if self._file.tell():
+            self.close()
+            raise StorageError(f"{self.directory} already holds a run: choose another RUN_ID or move it away")
 
     def event(self, kind: str, **fields: Any) -> None:
         """Writes one event: its kind, the seconds since the log began, and `fields`."""

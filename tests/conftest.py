@@ -1,0 +1,90 @@
+"""What every room's tests share: the demo corpus, a corpus of seconds, and a run of seconds on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from golfmodel.config import Config
+from golfmodel.data.demo import DEMO_TOKENIZER, build_demo_corpus
+from golfmodel.data.shards import find_shards, open_shard, write_shard
+from golfmodel.data.tokenizer import Tokenizer
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects what needs a GPU where there is none, so that it counts as not run and never as passed."""
+    if torch.cuda.is_available():
+        return
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(scope="session")
+def demo_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the demo corpus, built once a session."""
+    directory = tmp_path_factory.mktemp("demo")
+    build_demo_corpus(directory, show_progress=False)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer(demo_corpus: Path) -> Tokenizer:
+    return Tokenizer(demo_corpus / DEMO_TOKENIZER, 1024)
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(demo_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two training shards of 30,000 tokens and a validation shard of 3,001, cut from the demo corpus."""
+    directory = tmp_path_factory.mktemp("tiny")
+    for number, shard in enumerate(find_shards(demo_corpus, "train")[:2]):
+        write_shard(directory / f"tiny_train_{number:06d}.bin", open_shard(shard)[:30_000])
+    write_shard(directory / "tiny_val_000000.bin", open_shard(find_shards(demo_corpus, "val")[0])[:3_001])
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_options_of(tiny_corpus: Path, demo_corpus: Path) -> Callable[[Path], dict[str, object]]:
+    """For a directory, the options of a run in it of a second or two: 8 steps, 2 blocks, float32, by step count."""
+    options: dict[str, object] = {
+        "num_layers": 2,
+        "model_dim": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "bigram_vocab_size": 128,
+        "bigram_dim": 16,
+        "compute_dtype": "float32",
+        "data_path": str(tiny_corpus),
+        "tokenizer_path": str(demo_corpus / DEMO_TOKENIZER),
+        "train_seq_len": 64,
+        "train_batch_tokens": 512,
+        "micro_batch_tokens": 512,
+        "eval_seq_len": 64,
+        "eval_stride": 16,
+        "val_batch_size": 4096,
+        "val_loss_every": 4,
+        "train_log_every": 1,
+        "iterations": 8,
+        "max_wallclock_seconds": 0.0,
+        "warmdown_iters": 6,
+        "warmup_steps": 1,
+        "swa_every": 1,
+        "muon_momentum_warmup_steps": 4,
+        "run_id": "tiny",
+        "device": "cpu",
+    }
+    return lambda directory: {**options, "runs_dir": str(directory / "runs")}
+
+
+@pytest.fixture
+def tiny_options(tiny_options_of: Callable[[Path], dict[str, object]], tmp_path: Path) -> dict[str, object]:
+    return tiny_options_of(tmp_path)
+
+
+@pytest.fixture
+def tiny_config(tiny_options: dict[str, object]) -> Config:
+    return Config(**tiny_options)

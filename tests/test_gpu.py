@@ -1,0 +1,125 @@
+"""What only a GPU can show: bfloat16 under the compiler, the block-sparse document mask, a whole run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from golfmodel import pipeline
+from golfmodel.config import Config
+from golfmodel.model.gpt import GPT
+from golfmodel.runtime.compiling import compiled
+from golfmodel.runtime.versions import PROJECT_ROOT
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def config(tiny_options) -> Config:
+    changes = {
+        "device": "cuda",
+        "compute_dtype": "bfloat16",
+        "num_layers": 3,
+        "model_dim": 256,
+        "num_heads": 4,
+        "train_seq_len": 256,
+        "eval_seq_len": 256,
+        "train_batch_tokens": 4096,
+        "micro_batch_tokens": 4096,
+    }
+    return Config(**{**tiny_options, **changes})
+
+
+def randomised(config: Config) -> GPT:
+    """A model on the GPU with no zero-initialised weight left to hide an error behind."""
+    torch.manual_seed(3)
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model.cuda()
+
+
+def batch(rows: int, length: int, *, document_every: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(4)
+    tokens = torch.randint(2, 1024, (rows, length + 1), device="cuda")
+    tokens[torch.rand(tokens.shape, device="cuda") < 1 / document_every] = 1
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((ours.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("document_boundaries", [False, True])
+def test_compiled_bfloat16_is_as_near_the_truth_as_eager(config, document_boundaries):
+    config = dataclasses.replace(config, document_boundaries=document_boundaries)
+    model = randomised(config)
+    inputs, targets = batch(8, 256)
+    exact = GPT(dataclasses.replace(config, compute_dtype="float32"))
+    exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    exact = exact.cuda().double()
+    exact.rotary.dtype = torch.float64
+    truth = exact.token_losses(inputs, targets).double()
+    eager = relative_error(model.token_losses(inputs, targets), truth)
+    fused = relative_error(compiled(model.token_losses, "on", torch.device("cuda"))(inputs, targets), truth)
+    assert 0 < eager < 0.02
+    assert fused <= 2 * eager
+
+
+@pytest.mark.parametrize("document_boundaries", [False, True])
+def test_compiled_gradients_are_as_near_the_truth_as_eager(config, document_boundaries):
+    config = dataclasses.replace(config, document_boundaries=document_boundaries, mtp_num_heads=1)
+    inputs, targets = batch(8, 256)
+
+    def gradients(compute_dtype: str, compile_choice: str) -> torch.Tensor:
+        model = randomised(dataclasses.replace(config, compute_dtype=compute_dtype))
+        compiled(model, compile_choice, torch.device("cuda"))(inputs, targets).backward()
+        return torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+    truth = gradients("float32", "off")
+    eager = relative_error(gradients("bfloat16", "off"), truth)
+    fused = relative_error(gradients("bfloat16", "on"), truth)
+    assert 0 < eager < 0.1
+    assert fused <= 2 * eager
+
+
+def test_document_boundaries_hide_earlier_documents(config):
+    """The block-sparse path: a document's losses do not depend on what stands before it."""
+    model = randomised(dataclasses.replace(config, document_boundaries=True))
+    losses = compiled(model.token_losses, "on", torch.device("cuda"))
+    inputs, targets = batch(4, 256, document_every=10**9)
+    inputs[:, 100] = 1
+    before = losses(inputs, targets)
+    inputs[:, :100] = torch.randint(2, 1024, (4, 100), device="cuda")
+    after = losses(inputs, targets)
+    assert torch.equal(before[:, 100:], after[:, 100:])
+    assert not torch.allclose(before[:, 1:99], after[:, 1:99])
+
+
+def test_the_pipeline_runs_and_a_fresh_process_scores_alike(config):
+    summary = pipeline.run(dataclasses.replace(config, iterations=30), {})
+    assert summary["val_bpb"] < 3.5
+    assert summary["versions"]["gpu"] == torch.cuda.get_device_name()
+    artifact = Path(config.runs_dir) / config.run_id / pipeline.ARTIFACT_NAME
+    paths = [f"--data-path={config.data_path}", f"--tokenizer-path={config.tokenizer_path}"]
+    command = [sys.executable, "-m", "golfmodel.evaluation", str(artifact), *paths]
+    result = subprocess.run(command, cwd=PROJECT_ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)
+    again = json.loads(result.stdout)
+    assert again["val_bpb"] == pytest.approx(summary["val_bpb"], rel=1e-6)
+    assert again["val_bpb_int6"] == pytest.approx(summary["val_bpb_int6"], rel=1e-6)
+
+
+def test_the_time_limit_holds_though_the_host_runs_ahead(config):
+    config = dataclasses.replace(
+        config, max_wallclock_seconds=3.0, iterations=10**6, train_log_every=10**6, val_loss_every=0
+    )
+    summary = pipeline.run(config, {})
+    assert 2.5 < summary["train_seconds"] <= 3.0
