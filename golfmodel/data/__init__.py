@@ -1,0 +1,1 @@
+"""Text on disk to batches on a device: shards, tokenizer, loader, validation text, demo corpus, download."""

@@ -1,0 +1,199 @@
+"""The tokenizer: exact round trips, and byte counts equal to decoding and measuring."""
+
+import hashlib
+import io
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from golfmodel.data.demo import read_standard_library, split_documents, standard_library
+from golfmodel.data.tokenizer import Tokenizer
+from golfmodel.runtime.errors import DataError
+
+HARD_TEXTS = [
+    "",
+    " ",
+    "   leading, double  and trailing spaces   ",
+    "\n\n\tdef f(x):\n\t\treturn x\r\n",
+    "emoji 😀👩‍👩‍👧 and flags 🇳🇱",
+    "日本語の文章、漢字かな交じり。",
+    "control \x01\x02\x1b[0m \x7f \x85 \u2028 end",
+    "\ufeffbyte order mark, \ufffd replacement, \U0010ffff last",
+    "e\u0301 combining, ﬁ ligature, Ⅷ, ½",
+]
+
+TINY_CORPUS = ["the cat sat on the mat", "a dog ran at the cat", "the dog sat"] * 4
+
+
+def train(**options) -> bytes:
+    model = io.BytesIO()
+    settings = {"model_type": "bpe", "vocab_size": 40, "num_threads": 1, "minloglevel": 2, **options}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TINY_CORPUS), model_writer=model, **settings)
+    return model.getvalue()
+
+
+def extra_piece(piece: str, kind: int) -> bytes:
+    """A piece as protobuf; appended to a model, it is the model's last."""
+    body = b"\x0a" + bytes([len(piece.encode())]) + piece.encode() + b"\x15" + struct.pack("<f", 0.0)
+    body += b"\x18" + bytes([kind])
+    return b"\x0a" + bytes([len(body)]) + body
+
+
+def document_bytes(tokenizer: Tokenizer, ids: list[int]) -> int:
+    """Bytes of the tokens of one document, which begins with BOS."""
+    tokens = np.array([tokenizer.bos_id, *ids])
+    return int(tokenizer.target_bytes(tokens[:-1], tokens[1:]).sum())
+
+
+@pytest.fixture(scope="module")
+def tiny_model() -> bytes:
+    """Normalises its input, has no byte pieces, and has control and user-defined pieces."""
+    return train(
+        unk_id=3, pad_id=0, bos_id=1, eos_id=2, control_symbols=["<mask>"], user_defined_symbols=["▁of▁the", "x▁▁y"]
+    )
+
+
+@pytest.fixture
+def tiny(tiny_model, tmp_path) -> Tokenizer:
+    (tmp_path / "tiny.model").write_bytes(tiny_model)
+    return Tokenizer(tmp_path / "tiny.model")
+
+
+def test_attributes(demo_tokenizer, demo_corpus):
+    path = demo_corpus / "demo_1024_bpe.model"
+    assert (demo_tokenizer.vocab_size, demo_tokenizer.bos_id, demo_tokenizer.path) == (1024, 1, path)
+    assert demo_tokenizer.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_every_document_of_the_demo_corpus_round_trips_and_measures(demo_tokenizer):
+    train, val = split_documents(read_standard_library(standard_library()))
+    for document in train + val:
+        ids = demo_tokenizer.encode(document.text)
+        assert demo_tokenizer.bos_id not in ids
+        assert demo_tokenizer.decode(ids) == document.text
+        assert document_bytes(demo_tokenizer, ids) == len(document.text.encode())
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
+def test_hard_texts_round_trip_and_measure(demo_tokenizer, text):
+    ids = demo_tokenizer.encode(text)
+    assert demo_tokenizer.decode(np.array([demo_tokenizer.bos_id, *ids], dtype=np.uint16)) == text
+    assert document_bytes(demo_tokenizer, ids) == len(text.encode())
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁")))
+def test_any_text_round_trips_and_measures(demo_tokenizer, text):
+    ids = demo_tokenizer.encode(text)
+    assert demo_tokenizer.decode(ids) == text
+    assert document_bytes(demo_tokenizer, ids) == len(text.encode())
+
+
+def test_a_literal_block_becomes_a_space_and_counts_as_one(demo_tokenizer):
+    ids = demo_tokenizer.encode("a▁b")
+    assert demo_tokenizer.decode(ids) == "a b"
+    assert document_bytes(demo_tokenizer, ids) == 3
+
+
+def test_every_piece_counts_what_it_adds_to_a_text(demo_tokenizer):
+    """Each piece alone, behind a letter: the text grows by as many bytes as are counted."""
+    letter = demo_tokenizer.encode("a")[-1]
+    before = len(demo_tokenizer.decode([letter]).encode())
+    ids = np.arange(1024)
+    counted = demo_tokenizer.target_bytes(np.full(1024, letter), ids)
+    assert counted[:3].tolist() == [0, 0, 0]
+    assert (counted[3:259] == 1).all()
+    grown = [len(demo_tokenizer.decode([letter, token]).encode()) - before for token in range(259, 1024)]
+    assert counted[259:].tolist() == grown
+
+
+def test_a_model_that_normalises_counts_what_it_decodes(tiny):
+    for text in ["the cat", "  the   cat  ", "a dog of the cat", "dog\t sat", "the"]:
+        ids = tiny.encode(text)
+        assert 3 not in ids  # an unknown piece decodes to a mark that is no part of the text
+        assert document_bytes(tiny, ids) == len(tiny.decode(ids).encode())
+
+
+def test_the_rule_piece_by_piece(tiny_model, tmp_path):
+    path = tmp_path / "extended.model"
+    path.write_bytes(tiny_model + extra_piece("▁nope", 5) + extra_piece("▁é", 1))
+    tokenizer = Tokenizer(path)
+    unused, accented = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = {piece: pieces.piece_to_id(piece) for piece in ("<mask>", "▁of▁the", "x▁▁y", "t", "▁the", "▁")}
+    assert tokenizer.vocab_size == 42
+    assert len(set(ids.values()) | {3}) == 7
+
+    def count(previous: int, target: int) -> int:
+        return int(tokenizer.target_bytes(np.array(previous), np.array(target)))
+
+    ordinary = ids["t"]
+    hiding = [0, 1, 2, 3, ids["<mask>"], unused]
+    assert [count(ordinary, token) for token in hiding] == [0] * 6
+    expected = {"▁of▁the": 7, "x▁▁y": 4, "t": 1, "▁the": 4, "▁": 1}
+    for piece, size in expected.items():
+        assert count(ordinary, ids[piece]) == size
+        assert {count(previous, ids[piece]) for previous in hiding} == {size - piece.startswith("▁")}
+    assert count(ordinary, accented) == 3
+    assert count(unused, accented) == 2
+
+
+def test_target_bytes_keeps_shape_and_takes_any_integer_type(demo_tokenizer):
+    tokens = np.random.default_rng(0).integers(0, 1024, (3, 7))
+    expected = demo_tokenizer.target_bytes(tokens[:, :-1], tokens[:, 1:])
+    assert expected.shape == (3, 6)
+    assert expected.dtype == np.int64
+    narrow = tokens.astype(np.uint16)
+    np.testing.assert_array_equal(demo_tokenizer.target_bytes(narrow[:, :-1], narrow[:, 1:]), expected)
+    assert demo_tokenizer.target_bytes(tokens[0, :0], tokens[0, :0]).shape == (0,)
+
+
+def test_another_vocabulary_names_both_options(demo_corpus):
+    with pytest.raises(DataError, match=r"TOKENIZER_PATH\) has a vocabulary of 1024, but VOCAB_SIZE is 2048") as caught:
+        Tokenizer(demo_corpus / "demo_1024_bpe.model", 2048)
+    assert "demo_1024_bpe.model" in str(caught.value)
+
+
+def test_a_missing_tokenizer(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read the tokenizer .*gone\.model \(TOKENIZER_PATH\): No such file"):
+        Tokenizer(tmp_path / "gone.model")
+    with pytest.raises(DataError, match="Is a directory"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(64), b"not a model at all\n" * 50, b"\x0a\x05hello"])
+def test_a_file_that_is_no_model(tmp_path, content):
+    (tmp_path / "x.model").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.model \(TOKENIZER_PATH\) is not a SentencePiece model"):
+        Tokenizer(tmp_path / "x.model")
+
+
+def test_a_damaged_model_is_refused_or_whole(demo_corpus, tmp_path: Path):
+    """Truncated and flipped models either end in `DataError` or still tokenize."""
+    model = (demo_corpus / "demo_1024_bpe.model").read_bytes()
+    rng = random.Random(0)
+    cut = [model[: rng.randrange(len(model))] for _ in range(50)]
+    flipped = []
+    for _ in range(200):
+        damaged = bytearray(model)
+        damaged[rng.randrange(len(model))] ^= 1 << rng.randrange(8)
+        flipped.append(bytes(damaged))
+    outcomes = []
+    for content in cut + flipped:
+        path = tmp_path / "damaged.model"
+        path.write_bytes(content)
+        try:
+            tokenizer = Tokenizer(path, 1024)
+        except DataError:
+            outcomes.append("refused")
+        else:
+            assert len(tokenizer.encode("def f(x): return x")) > 0
+            outcomes.append("read")
+    assert outcomes[:50] == ["refused"] * 50
+    assert set(outcomes) == {"refused", "read"}
