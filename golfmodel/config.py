@@ -145,7 +145,11 @@ class Config:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            _check_value(each, getattr(self, each.name))
+            value = getattr(self, each.name)
+            if each.type == "float" and type(value) is int:
+                value = float(value)
+                object.__setattr__(self, each.name, value)
+            _check_value(each, value)
         self._check_together()
 
     @property
@@ -158,49 +162,35 @@ class Config:
 
     def _check_together(self) -> None:
         if self.model_dim % (2 * self.num_heads):
-            raise ConfigError(
-                f"MODEL_DIM is {self.model_dim}: must be a multiple of 2 * NUM_HEADS = {2 * self.num_heads}, "
-                "so that every head has an even size"
-            )
+            rule = f"must be a multiple of 2 * NUM_HEADS = {2 * self.num_heads}, so that every head has an even size"
+            raise self._impossible("model_dim", rule)
         if self.head_dim > MAX_HEAD_DIM:
-            raise ConfigError(
-                f"NUM_HEADS is {self.num_heads}: a head of MODEL_DIM {self.model_dim} would be {self.head_dim} wide, "
-                f"at most {MAX_HEAD_DIM}"
-            )
+            rule = f"a head of MODEL_DIM {self.model_dim} would be {self.head_dim} wide, at most {MAX_HEAD_DIM}"
+            raise self._impossible("num_heads", rule)
         if self.num_heads % self.num_kv_heads:
             valid = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
-            raise ConfigError(f"NUM_KV_HEADS is {self.num_kv_heads}: must divide NUM_HEADS {self.num_heads} ({valid})")
+            raise self._impossible("num_kv_heads", f"must divide NUM_HEADS {self.num_heads} ({valid})")
         if self.mlp_mult * self.model_dim != self.mlp_dim:
-            raise ConfigError(
-                f"MLP_MULT is {self.mlp_mult}: times MODEL_DIM {self.model_dim} must be a whole number of channels"
-            )
+            raise self._impossible("mlp_mult", f"times MODEL_DIM {self.model_dim} must be a whole number of channels")
         if self.bigram_vocab_size == 1:
-            raise ConfigError("BIGRAM_VOCAB_SIZE is 1: must be 0 (none) or at least 2")
+            raise self._impossible("bigram_vocab_size", "must be 0 (none) or at least 2")
         if self.bos_token_id >= self.vocab_size:
-            raise ConfigError(f"BOS_TOKEN_ID is {self.bos_token_id}: must be below VOCAB_SIZE {self.vocab_size}")
-        if self.mtp_num_heads and self.train_seq_len < self.mtp_num_heads + 2:
-            raise ConfigError(
-                f"MTP_NUM_HEADS is {self.mtp_num_heads}: TRAIN_SEQ_LEN {self.train_seq_len} leaves nothing to predict"
-            )
+            raise self._impossible("bos_token_id", f"must be below VOCAB_SIZE {self.vocab_size}")
+        if self.train_seq_len <= self.mtp_num_heads:
+            raise self._impossible("mtp_num_heads", f"must be below TRAIN_SEQ_LEN {self.train_seq_len}")
         if self.eval_stride > self.eval_seq_len:
-            raise ConfigError(
-                f"EVAL_STRIDE is {self.eval_stride}: must be at most EVAL_SEQ_LEN {self.eval_seq_len}, "
-                "or targets would be skipped"
-            )
+            rule = f"must be at most EVAL_SEQ_LEN {self.eval_seq_len}, or targets would be skipped"
+            raise self._impossible("eval_stride", rule)
         if self.train_batch_tokens % self.train_seq_len:
-            raise ConfigError(
-                f"TRAIN_BATCH_TOKENS is {self.train_batch_tokens}: must be a multiple of "
-                f"TRAIN_SEQ_LEN {self.train_seq_len}"
-            )
+            raise self._impossible("train_batch_tokens", f"must be a multiple of TRAIN_SEQ_LEN {self.train_seq_len}")
         if self.micro_batch_tokens < self.train_seq_len:
-            raise ConfigError(
-                f"MICRO_BATCH_TOKENS is {self.micro_batch_tokens}: must hold a row of "
-                f"TRAIN_SEQ_LEN {self.train_seq_len}"
-            )
+            raise self._impossible("micro_batch_tokens", f"must hold a row of TRAIN_SEQ_LEN {self.train_seq_len}")
         if self.run_id and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.run_id):
-            raise ConfigError(
-                f"RUN_ID is {self.run_id!r}: must be letters, digits, '.', '_' and '-', starting with a letter or digit"
-            )
+            rule = "must be at most 128 letters, digits, '.', '_' and '-', starting with a letter or digit"
+            raise self._impossible("run_id", rule)
+
+    def _impossible(self, name: str, rule: str) -> ConfigError:
+        return ConfigError(f"{_label(name)} is {getattr(self, name)!r}: {rule}")
 
     def rows_per_micro_batch(self, world_size: int) -> int:
         """Rows of `train_seq_len` tokens that one rank takes at a time.
@@ -378,8 +368,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _label(each: dataclasses.Field[Any]) -> str:
-    return f"{each.name.upper()} (--{each.name.replace('_', '-')})"
+def _label(name: str) -> str:
+    return f"{name.upper()} (--{name.replace('_', '-')})"
 
 
 def _parse(each: dataclasses.Field[Any], text: str) -> Any:
@@ -390,22 +380,24 @@ def _parse(each: dataclasses.Field[Any], text: str) -> Any:
         lowered = text.strip().lower()
         if lowered in _TRUE or lowered in _FALSE:
             return lowered in _TRUE
-        raise ConfigError(f"{_label(each)} is {text!r}: must be 0 or 1")
+        raise ConfigError(f"{_label(each.name)} is {text!r}: must be 0 or 1")
     try:
         return int(text.replace("_", "")) if kind == "int" else float(text)
     except ValueError:
         wanted = "a whole number" if kind == "int" else "a number"
-        raise ConfigError(f"{_label(each)} is {text!r}: must be {wanted}") from None
+        raise ConfigError(f"{_label(each.name)} is {text!r}: must be {wanted}") from None
 
 
 def _check_value(each: dataclasses.Field[Any], value: Any) -> None:
     limits = each.metadata
+    if type(value).__name__ != each.type:
+        raise ConfigError(f"{_label(each.name)} is {value!r}: must be of type {each.type}")
     if limits["choices"] and value not in limits["choices"]:
-        raise ConfigError(f"{_label(each)} is {value!r}: must be one of {', '.join(limits['choices'])}")
+        raise ConfigError(f"{_label(each.name)} is {value!r}: must be one of {', '.join(limits['choices'])}")
     if isinstance(value, str):
         return
-    if not math.isfinite(value):
-        raise ConfigError(f"{_label(each)} is {value}: must be finite")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{_label(each.name)} is {value}: must be finite")
     fails = (
         (limits["low"] is not None and value < limits["low"])
         or (limits["high"] is not None and value > limits["high"])
@@ -418,4 +410,10 @@ def _check_value(each: dataclasses.Field[Any], value: Any) -> None:
             for key, words in (("low", "at least"), ("above", "above"), ("high", "at most"), ("below", "below"))
             if limits[key] is not None
         ]
-        raise ConfigError(f"{_label(each)} is {value}: must be {' and '.join(bounds)}")
+        shown = f"a number of {_digits(value)} digits" if abs(value) >= 10**30 else value
+        raise ConfigError(f"{_label(each.name)} is {shown}: must be {' and '.join(bounds)}")
+
+
+def _digits(value: float) -> int:
+    """About how many decimal digits, without writing them out."""
+    return int(math.log10(abs(value))) + 1

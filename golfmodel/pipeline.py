@@ -23,7 +23,7 @@ from golfmodel.evaluation.evaluator import Evaluator
 from golfmodel.evaluation.windows import plan_windows
 from golfmodel.model.gpt import GPT
 from golfmodel.runtime.compiling import compiled
-from golfmodel.runtime.distributed import Ranks, process_group, rank_of, world_size_of
+from golfmodel.runtime.distributed import Ranks, process_group, rank_of, runs_on_gpu, world_size_of
 from golfmodel.runtime.errors import ConfigError
 from golfmodel.runtime.files import write_json
 from golfmodel.runtime.runlog import RunLog, new_run_id
@@ -49,6 +49,7 @@ def run(config: Config, environment: Mapping[str, str] = os.environ) -> dict[str
         GolfError: a bad option, input or disk, or a training run that failed; the message says what would be valid.
     """
     config.rows_per_micro_batch(world_size_of(environment))
+    runs_on_gpu(config.device)
     inputs = open_inputs(config)
     run_directory = Path(config.runs_dir) / (config.run_id or new_run_id())
     with (

@@ -58,7 +58,7 @@ def unpack_model(artifact: Artifact, device: torch.device, source: str = "the ar
                 f"{source}: {name} has shape {artifact.tensors[name].shape}, its config asks for {tuple(tensor.shape)}"
             )
     model = GPT(config)
-    weights = dequantize_parameters(artifact.tensors)
+    weights = dequantize_parameters(artifact.tensors, device=device)
     with torch.no_grad():
         for name, (parameter, _) in exported_parameters(model).items():
             parameter.copy_(weights[name])

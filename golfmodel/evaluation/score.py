@@ -16,6 +16,7 @@ from torch import Tensor
 
 from golfmodel.evaluation.windows import Windows
 from golfmodel.runtime.distributed import Ranks
+from golfmodel.runtime.errors import TrainingError
 from golfmodel.runtime.progress import Progress
 
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
@@ -84,6 +85,9 @@ def score_text(
         batch_tokens: tokens scored at a time over all ranks; at least one row a rank is.
         prefix_targets: how many of the first targets a paid prefix covers.
         label: what the progress bar says.
+
+    Raises:
+        TrainingError: a loss is not finite.
     """
     length = windows.length
     rows = max(1, min(batch_tokens // (length * ranks.world_size), -(-len(windows) // ranks.world_size)))
@@ -112,4 +116,6 @@ def score_text(
             )
             progress.update(len(chosen))
     nats, nats_after_prefix, count = ranks.reduce_sum(totals).tolist()
+    if not math.isfinite(nats):
+        raise TrainingError(f"{label}: the model's losses on the validation text are not finite")
     return Score(nats, nats_after_prefix, int(text.target_bytes.sum()), int(count))

@@ -55,7 +55,8 @@ class GPT(nn.Module):
         )
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """The training loss: mean cross-entropy in nats, plus the weighted mean over multi-token heads.
+        """The training loss, in training and evaluation mode alike: mean cross-entropy in nats, plus the weighted
+        mean over multi-token heads.
 
         Head k >= 0 predicts token i + 2 + k from position i, which is `targets[i + 1 + k]`.
         """

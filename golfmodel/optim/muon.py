@@ -42,11 +42,6 @@ class Muon(Optimizer):
         nesterov: bool = True,
         ns_steps: int = 5,
     ) -> None:
-        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1 or ns_steps < 1:
-            raise ValueError(
-                f"lr {lr} and weight_decay {weight_decay} must be at least 0, momentum {momentum} in [0, 1), "
-                f"ns_steps {ns_steps} at least 1"
-            )
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -55,10 +50,20 @@ class Muon(Optimizer):
             "ns_steps": ns_steps,
         }
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.ndim != 2:
-                    raise ValueError(f"a Muon parameter has shape {tuple(parameter.shape)}: must be 2-D")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of 2-D parameters, its own options beside the defaults; checks both."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        lr, weight_decay, momentum, ns_steps = (group[n] for n in ("lr", "weight_decay", "momentum", "ns_steps"))
+        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1 or ns_steps < 1:
+            raise ValueError(
+                f"lr {lr} and weight_decay {weight_decay} must be at least 0, momentum {momentum} in [0, 1), "
+                f"ns_steps {ns_steps} at least 1"
+            )
+        for parameter in group["params"]:
+            if parameter.ndim != 2:
+                raise ValueError(f"a Muon parameter has shape {tuple(parameter.shape)}: must be 2-D")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:

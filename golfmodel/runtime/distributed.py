@@ -23,15 +23,35 @@ def world_size_of(environment: Mapping[str, str]) -> int:
     Raises:
         ConfigError: `WORLD_SIZE` is no positive whole number.
     """
-    text = environment.get("WORLD_SIZE", "1")
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"WORLD_SIZE is {text!r}: must be a positive whole number, as torchrun sets it")
-    return int(text)
+    return _whole_number(environment, "WORLD_SIZE", default=1, low=1)
 
 
 def rank_of(environment: Mapping[str, str]) -> int:
-    """This process's rank, 0 without torchrun."""
-    return int(environment.get("RANK", "0"))
+    """This process's rank, 0 without torchrun.
+
+    Raises:
+        ConfigError: `RANK` is no whole number.
+    """
+    return _whole_number(environment, "RANK", default=0, low=0)
+
+
+def _whole_number(environment: Mapping[str, str], name: str, *, default: int, low: int) -> int:
+    text = environment.get(name, str(default))
+    if not text.isdecimal() or int(text) < low:
+        raise ConfigError(f"{name} is {text!r}: must be a whole number of at least {low}, as torchrun sets it")
+    return int(text)
+
+
+def runs_on_gpu(device: str) -> bool:
+    """Whether a run on `device` ("cuda", "cpu", or "auto" for a GPU if there is one) uses a GPU.
+
+    Raises:
+        ConfigError: "cuda" where there is none.
+    """
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise ConfigError("DEVICE (--device) is 'cuda': this host shows no GPU; use cpu or auto")
+    return found and device != "cpu"
 
 
 @dataclass(frozen=True)
@@ -56,6 +76,8 @@ class Ranks:
         if self.world_size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return
         flat = torch.cat([g.flatten().float() for g in gradients])
         dist.all_reduce(flat)
         flat /= self.world_size
@@ -97,8 +119,10 @@ class Ranks:
             assert data is not None
             return data
         size = int(self.broadcast_number(len(data) if data is not None else 0))
+        if size == 0:
+            return b""
         message = torch.empty(size, dtype=torch.uint8)
-        if data is not None:
+        if data:
             message.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         dist.broadcast(message, src=0, group=self.control)
         return message.numpy().tobytes()
@@ -118,17 +142,16 @@ def process_group(device: str = "auto", environment: Mapping[str, str] = os.envi
         environment: where `RANK`, `WORLD_SIZE` and `LOCAL_RANK` stand.
 
     Raises:
-        ConfigError: no GPU, or fewer than the ranks on this host.
+        ConfigError: no GPU, or fewer than the ranks on this host, or ranks that are no numbers.
     """
     world_size = world_size_of(environment)
-    rank, local_rank = rank_of(environment), int(environment.get("LOCAL_RANK", "0"))
-    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    rank, local_rank = rank_of(environment), _whole_number(environment, "LOCAL_RANK", default=0, low=0)
+    on_gpu = runs_on_gpu(device)
     if on_gpu:
         count = torch.cuda.device_count()
         if local_rank >= count:
             raise ConfigError(
-                f"local rank {local_rank} has no GPU: this host shows {count}; "
-                f"use --nproc_per_node {count}" + ("" if count else " with DEVICE=cpu")
+                f"local rank {local_rank} has no GPU: this host shows {count}; use --nproc_per_node={count} or less"
             )
         torch.cuda.set_device(local_rank)
     place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")

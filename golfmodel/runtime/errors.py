@@ -46,6 +46,10 @@ def front_door(main: Callable[..., int]) -> Callable[..., int]:
             rank = os.environ.get("RANK", "0")
             print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
             return 2
+        except BrokenPipeError:
+            # Whoever read the output has left, as `| head` does. The interpreter would complain once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             return 130

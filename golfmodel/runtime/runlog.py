@@ -36,13 +36,14 @@ class RunLog:
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
+            # A run that failed before its first event left an empty log, which its next try may take over.
+            started = self.path.exists() and self.path.stat().st_size > 0
+            self._file = None if started else self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise StorageError(
                 f"cannot write in the run directory {self.directory} (RUNS_DIR, RUN_ID): {error.strerror}"
             ) from error
-        if self._file.tell():
-            self.close()
+        if started:
             raise StorageError(f"{self.directory} already holds a run: choose another RUN_ID or move it away")
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -58,11 +59,15 @@ class RunLog:
 
     def close(self) -> None:
         """Flushes the log to disk and closes it."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is None:
+            return
+        try:
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path}: {error.strerror}") from error
 
     def __enter__(self) -> RunLog:
         return self
