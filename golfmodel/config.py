@@ -181,6 +181,10 @@ class Config:
         if self.eval_stride > self.eval_seq_len:
             rule = f"must be at most EVAL_SEQ_LEN {self.eval_seq_len}, or targets would be skipped"
             raise self._impossible("eval_stride", rule)
+        if self.paid_prefix_file and self.eval_stride == 0:
+            raise self._impossible(
+                "paid_prefix_file", "a prefix is scored by sliding window, so EVAL_STRIDE must be above 0"
+            )
         if self.train_batch_tokens % self.train_seq_len:
             raise self._impossible("train_batch_tokens", f"must be a multiple of TRAIN_SEQ_LEN {self.train_seq_len}")
         if self.micro_batch_tokens < self.train_seq_len:
@@ -281,14 +285,13 @@ PRESETS["demo"] = (
         "bigram_dim": 64,
         "train_seq_len": 256,
         "eval_seq_len": 256,
-        "train_batch_tokens": 4096,
-        "micro_batch_tokens": 4096,
+        "train_batch_tokens": 2048,
+        "micro_batch_tokens": 2048,
         "val_batch_size": 16384,
         "val_loss_every": 0,
         "train_log_every": 50,
-        "matrix_lr": 0.04,
         "muon_momentum_warmup_steps": 100,
-        "warmdown_iters": 300,
+        "warmdown_iters": 200,
         "warmup_steps": 3,
         "swa_every": 20,
         "max_wallclock_seconds": 90.0,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import kernels
 from golfmodel import report
 from golfmodel.artifact import parts, prefix, readback, submission
 from golfmodel.artifact.container import Artifact, decode_artifact, write_artifact
@@ -22,6 +23,7 @@ from golfmodel.data.tokenizer import Tokenizer
 from golfmodel.evaluation.evaluator import Evaluator
 from golfmodel.evaluation.windows import plan_windows
 from golfmodel.model.gpt import GPT
+from golfmodel.model.parameters import exported_parameters
 from golfmodel.runtime.compiling import compiled
 from golfmodel.runtime.distributed import Ranks, process_group, rank_of, runs_on_gpu, world_size_of
 from golfmodel.runtime.errors import ConfigError
@@ -29,6 +31,7 @@ from golfmodel.runtime.files import write_json
 from golfmodel.runtime.runlog import RunLog, new_run_id
 from golfmodel.runtime.versions import versions
 from golfmodel.training.trainer import Trainer, TrainingResult
+from kernels import dispatch
 
 ARTIFACT_NAME = "model.golf"
 
@@ -43,13 +46,14 @@ class Inputs:
 
 
 def run(config: Config, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """The whole pipeline on this rank; rank 0 writes `summary.json` and returns it, the others return nothing in it.
+    """The whole pipeline on this rank; rank 0 writes `summary.json` and returns what is in it, others `{}`.
 
     Raises:
         GolfError: a bad option, input or disk, or a training run that failed; the message says what would be valid.
     """
     config.rows_per_micro_batch(world_size_of(environment))
     runs_on_gpu(config.device)
+    check_kernels()
     inputs = open_inputs(config)
     run_directory = Path(config.runs_dir) / (config.run_id or new_run_id())
     with (
@@ -57,11 +61,16 @@ def run(config: Config, environment: Mapping[str, str] = os.environ) -> dict[str
         process_group(config.device, environment) as ranks,
         open_loader(config, ranks) as loader,
     ):
-        found = versions()
+        found = versions() if ranks.is_main else {}
         log.event("start", config=config.to_dict(), world_size=ranks.world_size, versions=found)
         if ranks.is_main:
             write_json(run_directory / "config.json", config.to_dict())
-            print(f"run {run_directory} on {ranks.world_size} x {found['gpu'] or 'CPU'}", flush=True)
+            rows = config.rows_per_micro_batch(ranks.world_size)
+            print(
+                f"run {run_directory} on {ranks.world_size} x {found['gpu'] or 'CPU'}, {loader.micro_batches_per_step} "
+                f"micro-batches of {rows} x {config.train_seq_len} tokens a rank and step",
+                flush=True,
+            )
         evaluator = Evaluator(
             inputs.text,
             ranks,
@@ -79,15 +88,30 @@ def run(config: Config, environment: Mapping[str, str] = os.environ) -> dict[str
                 run_directory / ARTIFACT_NAME,
                 prefix=config.paid_prefix_file or None,
                 train_seconds=result.seconds,
+                scored=scores["val_bpb"] is not None,
             )
-            by_part = parts.bytes_by_part(artifact, submitted.artifact_bytes)
+            by_part = parts.bytes_by_part(artifact, submitted.artifact_bytes, show_progress=True)
             summary = _summary(config, inputs, result, scores, submitted, by_part, model, ranks, found)
             write_json(run_directory / "summary.json", summary)
-            picture = report.draw(run_directory)
             print(report.describe(summary), flush=True)
             print(f"\nartifact: {run_directory / ARTIFACT_NAME}", flush=True)
-            print(f"report: {picture or 'not drawn, matplotlib is missing (the plot extra)'}", flush=True)
+            print(f"report: {report.draw(run_directory)}", flush=True)
     return summary
+
+
+def check_kernels() -> None:
+    """Refuses a `GOLF_KERNELS` under which some op could not run.
+
+    Raises:
+        ConfigError: it is none of its choices, or "triton" where an op has no Triton kernel.
+    """
+    try:
+        choice = dispatch.chosen()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    lacking = dispatch.without_kernel(kernels.__all__)
+    if choice == "triton" and lacking:
+        raise ConfigError(f"GOLF_KERNELS is 'triton': there is no Triton kernel for {', '.join(lacking)}; use auto")
 
 
 def open_inputs(config: Config) -> Inputs:
@@ -180,9 +204,10 @@ def _export(
         written = path.read_bytes()
     artifact = decode_artifact(ranks.broadcast_bytes(written), str(path))
     read_back = readback.unpack_model(artifact, ranks.device, str(path))
-    scores = readback.score_model(read_back, evaluator, config.compile, inputs.prefix_targets)
+    token_losses = compiled(read_back.token_losses, config.compile, ranks.device)
+    scores = evaluator.both(token_losses, prefix_targets=inputs.prefix_targets)
     return artifact, {
-        "val_bpb_int6": scores.int6,
+        "val_bpb_int6": scores.side_by_side,
         "val_bpb": scores.sliding,
         "val_bpb_with_prefix": scores.with_prefix,
     }
@@ -213,7 +238,7 @@ def _summary(
         "tokens": result.tokens,
         "tokens_per_second": result.tokens_per_second,
         "averaged_copies": result.averaged_copies,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(tensor.numel() for tensor, _ in exported_parameters(model).values()),
         "validation_targets": inputs.text.num_targets,
         "validation_bytes": int(inputs.text.target_bytes.sum()),
         "validation_digest": inputs.text.digest,

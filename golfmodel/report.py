@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from golfmodel.runtime.files import write_bytes
 from golfmodel.runtime.runlog import read_events
 
 if TYPE_CHECKING:
@@ -36,10 +38,20 @@ def describe(summary: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def draw(run_directory: Path) -> Path | None:
-    """Draws `report.png` from the run's `log.jsonl` and `summary.json`; None where matplotlib is missing."""
+def draw(run_directory: Path) -> str:
+    """Draws `report.png` from the run's `log.jsonl` and `summary.json`; returns its path, or why there is none.
+
+    A picture is no part of a result: whatever keeps it from being drawn does not fail the run.
+    """
     if importlib.util.find_spec("matplotlib") is None:
-        return None
+        return "not drawn, matplotlib is missing (the plot extra)"
+    try:
+        return str(_draw(run_directory))
+    except Exception as error:
+        return f"not drawn, {type(error).__name__}: {error}"
+
+
+def _draw(run_directory: Path) -> Path:
     import matplotlib  # noqa: PLC0415  (an optional extra)
 
     matplotlib.use("Agg")
@@ -57,9 +69,11 @@ def draw(run_directory: Path) -> Path | None:
     score = _number(summary["val_bpb"], ".4f")
     device = summary["versions"]["gpu"] or "CPU"
     figure.suptitle(f"{run_directory.name}: {score} bits per byte, {summary['world_size']} x {device}")
-    path = run_directory / PICTURE_NAME
-    figure.savefig(path, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110)
     pyplot.close(figure)
+    path = run_directory / PICTURE_NAME
+    write_bytes(path, drawn.getvalue())
     return path
 
 

@@ -11,10 +11,11 @@ import torch
 
 from golfmodel.artifact.container import read_artifact
 from golfmodel.artifact.readback import unpack_model
+from golfmodel.config import Config
 from golfmodel.data.tokenizer import Tokenizer
 from golfmodel.model.gpt import GPT
 from golfmodel.runtime.distributed import process_group
-from golfmodel.runtime.errors import ConfigError, DataError, front_door
+from golfmodel.runtime.errors import ConfigError, front_door
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for bytes that are not yet a whole character
 
@@ -85,14 +86,13 @@ def main(arguments: Sequence[str]) -> int:
         ("--top-k", options.top_k),
         ("--temperature", options.temperature),
     ):
-        if value < 0:
+        if not value >= 0:
             raise ConfigError(f"{name} is {value}: must be at least 0")
     with process_group(options.device, {}) as ranks:
         artifact = read_artifact(options.artifact)
         model = unpack_model(artifact, ranks.device, options.artifact)
         tokenizer = Tokenizer(options.tokenizer_path, model.config.vocab_size)
-        if tokenizer.digest != artifact.tokenizer_digest:
-            raise DataError(f"{options.tokenizer_path} is not the tokenizer that {options.artifact} was made with")
+        tokenizer.require(artifact.tokenizer_digest, options.artifact)
         prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
         generator = torch.Generator(device=ranks.device).manual_seed(options.seed)
         tokens = sample_tokens(
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("artifact", help="the artifact file, such as runs/<RUN_ID>/model.golf")
     parser.add_argument(
         "--tokenizer-path",
-        default=os.environ.get("TOKENIZER_PATH", "./data/tokenizers/fineweb_1024_bpe.model"),
+        default=os.environ.get("TOKENIZER_PATH", Config.tokenizer_path),
         help="the SentencePiece model the artifact was trained with",
     )
     parser.add_argument("--prompt", default="", help="how the text begins")

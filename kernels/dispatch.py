@@ -12,7 +12,7 @@ Under `torch.compile` the environment is read when the graph is traced; a change
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -33,6 +33,23 @@ def register_triton(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def chosen() -> str:
+    """What `GOLF_KERNELS` says.
+
+    Raises:
+        ValueError: it is none of its choices.
+    """
+    choice = os.environ.get("GOLF_KERNELS", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"GOLF_KERNELS is {choice!r}; it may be one of {', '.join(CHOICES)}")
+    return choice
+
+
+def without_kernel(names: Iterable[str]) -> list[str]:
+    """Those of the ops `names` that have no Triton kernel."""
+    return [name for name in names if name not in _triton_kernels]
+
+
 def implementation(name: str, tensor: Tensor) -> Callable:
     """The function that runs op `name` on `tensor` and others like it.
 
@@ -40,9 +57,7 @@ def implementation(name: str, tensor: Tensor) -> Callable:
         ValueError: `GOLF_KERNELS` is none of its choices.
         RuntimeError: `GOLF_KERNELS=triton`, and the op has no kernel or `tensor` is where none can run.
     """
-    choice = os.environ.get("GOLF_KERNELS", "auto")
-    if choice not in CHOICES:
-        raise ValueError(f"GOLF_KERNELS is {choice!r}; it may be one of {', '.join(CHOICES)}")
+    choice = chosen()
     kernel = None if choice == "reference" else _triton_kernels.get(name)
     runnable = tensor.is_cuda or (tensor.is_cpu and os.environ.get("TRITON_INTERPRET") == "1")
     if kernel is not None and runnable:

@@ -24,6 +24,8 @@ def no_process_group(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
 
 
 @pytest.fixture
@@ -67,7 +69,6 @@ def test_empty_data_directory(complaint, tmp_path):
 def test_truncated_shard(complaint, corpus, split):
     shard = find_shards(corpus, split)[0]
     shard.write_bytes(shard.read_bytes()[:-10])
-    # a training shard is opened by its rank only, once the ranks have met; alone, there is no meeting
     assert shard.name in complaint(data_path=corpus)
 
 
@@ -147,6 +148,23 @@ def test_impossible_values(complaint, option, value, valid):
     said = complaint(**{option: value})
     assert option.upper() in said
     assert value in said
+    assert valid in said
+
+
+def test_a_prefix_without_a_sliding_window(complaint, tmp_path):
+    assert "EVAL_STRIDE" in complaint(paid_prefix_file=tmp_path / "prefix.xz", eval_stride=0)
+
+
+def test_a_world_without_torchrun(complaint, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR")
+    assert "MASTER_ADDR is not set: start with torchrun" in complaint()
+
+
+@pytest.mark.parametrize(("choice", "valid"), [("fast", "auto, reference, triton"), ("triton", "no Triton kernel")])
+def test_kernels_that_cannot_be(complaint, monkeypatch, choice, valid):
+    monkeypatch.setenv("GOLF_KERNELS", choice)
+    said = complaint()
+    assert "GOLF_KERNELS" in said
     assert valid in said
 
 

@@ -62,15 +62,20 @@ def test_the_picture_holds_the_logged_curves(run_directory, monkeypatch):
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
     path = report.draw(run_directory)
-    assert path == run_directory / "report.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path == str(run_directory / "report.png")
+    assert (run_directory / "report.png").read_bytes().startswith(b"\x89PNG")
     loss, bpb, *_ = figures[0].axes
     assert list(loss.lines[0].get_ydata()) == [4.5, 4.0, 3.5, 3.0, 2.5]
     assert list(bpb.lines[0].get_ydata()) == [1.5, 1.3]
 
 
+def test_a_picture_that_cannot_be_drawn_is_no_error(run_directory):
+    (run_directory / "summary.json").write_text("{}")
+    assert report.draw(run_directory).startswith("not drawn, KeyError")
+
+
 def test_no_picture_without_matplotlib(run_directory, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    assert report.draw(run_directory) is None
+    assert "matplotlib is missing" in report.draw(run_directory)
     assert not (run_directory / "report.png").exists()

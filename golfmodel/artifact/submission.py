@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from golfmodel.runtime.errors import ArtifactError
+from golfmodel.runtime.versions import PROJECT_ROOT
 
 LIMIT_BYTES = 16_000_000
 LIMIT_TRAIN_SECONDS = 600.0
 SCORING_MODULE = "golfmodel.evaluation.__main__"
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 _IMPORT_SECONDS = 300
 _IMPORT_PROGRAM = """
@@ -38,6 +38,7 @@ class Submission:
         code_bytes: every project file that a scoring run loads, uncompressed.
         prefix_bytes: the paid prefix's file; 0 without one.
         train_seconds: None where it is not known, as when only an artifact is scored.
+        scored: whether `val_bpb` was measured.
         limit_bytes: the most that the three may add up to.
     """
 
@@ -45,6 +46,7 @@ class Submission:
     code_bytes: int
     prefix_bytes: int = 0
     train_seconds: float | None = None
+    scored: bool = True
     limit_bytes: int = LIMIT_BYTES
 
     @property
@@ -63,6 +65,8 @@ class Submission:
             reasons.append("it uses a paid prefix, which is made of validation tokens")
         if self.train_seconds is not None and not self.train_seconds <= LIMIT_TRAIN_SECONDS:
             reasons.append(f"it trained {self.train_seconds} s, over the limit of {LIMIT_TRAIN_SECONDS} s")
+        if not self.scored:
+            reasons.append("its val_bpb was not measured (EVAL_STRIDE is 0)")
         return reasons
 
     @property
@@ -88,6 +92,7 @@ def check_submission(
     *,
     prefix: str | Path | None = None,
     train_seconds: float | None = None,
+    scored: bool = True,
     code_files: Iterable[Path] | None = None,
 ) -> Submission:
     """Weighs the files of a submission.
@@ -96,6 +101,7 @@ def check_submission(
         artifact: the artifact file.
         prefix: the paid prefix's file, if one is used.
         train_seconds: how long training took; None where it is not known.
+        scored: whether `val_bpb` was measured.
         code_files: the files that count as code; `scoring_files()` by default.
 
     Raises:
@@ -106,6 +112,7 @@ def check_submission(
         code_bytes=code_bytes(scoring_files() if code_files is None else code_files),
         prefix_bytes=0 if prefix is None else _file_bytes(Path(prefix)),
         train_seconds=train_seconds,
+        scored=scored,
     )
 
 

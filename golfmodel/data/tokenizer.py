@@ -55,6 +55,18 @@ class Tokenizer:
                 f"is {vocab_size}; set VOCAB_SIZE={self.vocab_size} or name another tokenizer"
             )
 
+    def require(self, digest: str, made: str) -> None:
+        """Refuses to go on with another tokenizer than the one of SHA-256 `digest`, with which `made` was made.
+
+        Raises:
+            DataError: this is another one.
+        """
+        if self.digest != digest:
+            raise DataError(
+                f"the tokenizer {self.path} (TOKENIZER_PATH) has SHA-256 {self.digest}, "
+                f"but {made} was made with {digest}"
+            )
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without a begin-of-document id."""
         return self._processor.encode(text)

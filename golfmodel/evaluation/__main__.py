@@ -16,12 +16,14 @@ import numpy as np
 from golfmodel.artifact.container import read_artifact
 from golfmodel.artifact.prefix import load_prefix
 from golfmodel.artifact.prefix_codec import CODECS
-from golfmodel.artifact.readback import score_model, unpack_model
+from golfmodel.artifact.readback import unpack_model
+from golfmodel.config import Config
 from golfmodel.data.text import load_validation_text
 from golfmodel.data.tokenizer import Tokenizer
 from golfmodel.evaluation.evaluator import Evaluator
+from golfmodel.runtime.compiling import compiled
 from golfmodel.runtime.distributed import process_group
-from golfmodel.runtime.errors import ConfigError, DataError, front_door
+from golfmodel.runtime.errors import ConfigError, front_door
 
 
 @front_door
@@ -34,25 +36,23 @@ def main(arguments: Sequence[str]) -> int:
         stride = config.eval_stride if options.eval_stride is None else options.eval_stride
         if not 0 <= stride <= config.eval_seq_len:
             raise ConfigError(f"--eval-stride is {stride}: must be between 0 and EVAL_SEQ_LEN {config.eval_seq_len}")
+        batch_tokens = config.val_batch_size if options.val_batch_size is None else options.val_batch_size
+        if batch_tokens < 1:
+            raise ConfigError(f"--val-batch-size is {batch_tokens}: must be at least 1")
         tokenizer = Tokenizer(options.tokenizer_path, config.vocab_size)
-        if tokenizer.digest != artifact.tokenizer_digest:
-            raise DataError(
-                f"the tokenizer {options.tokenizer_path} has SHA-256 {tokenizer.digest}, the artifact was made with "
-                f"{artifact.tokenizer_digest}"
-            )
+        tokenizer.require(artifact.tokenizer_digest, options.artifact)
         text = load_validation_text(options.data_path, tokenizer)
         covered = 0
         if options.paid_prefix_file:
             targets = np.asarray(text.tokens[1:])
             covered = len(load_prefix(options.paid_prefix_file, options.paid_prefix_codec, targets))
-        evaluator = Evaluator(
-            text, ranks, length=config.eval_seq_len, stride=stride, batch_tokens=config.val_batch_size
-        )
-        scores = score_model(model, evaluator, options.compile, covered)
+        evaluator = Evaluator(text, ranks, length=config.eval_seq_len, stride=stride, batch_tokens=batch_tokens)
+        token_losses = compiled(model.token_losses, options.compile, ranks.device)
+        scores = evaluator.both(token_losses, prefix_targets=covered)
         if ranks.is_main:
             result = {
                 "val_bpb": scores.sliding,
-                "val_bpb_int6": scores.int6,
+                "val_bpb_int6": scores.side_by_side,
                 "val_bpb_with_prefix": scores.with_prefix,
                 "validation_targets": text.num_targets,
                 "validation_bytes": int(text.target_bytes.sum()),
@@ -73,15 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("artifact", help="the artifact file, such as runs/<RUN_ID>/model.golf")
     parser.add_argument(
         "--data-path",
-        default=environment.get("DATA_PATH", "./data/datasets/fineweb10B_sp1024"),
+        default=environment.get("DATA_PATH", Config.data_path),
         help="directory with *_val_*.bin shards",
     )
     parser.add_argument(
         "--tokenizer-path",
-        default=environment.get("TOKENIZER_PATH", "./data/tokenizers/fineweb_1024_bpe.model"),
+        default=environment.get("TOKENIZER_PATH", Config.tokenizer_path),
         help="the SentencePiece model the artifact was trained with",
     )
     parser.add_argument("--eval-stride", type=int, help="new targets a sliding window; the artifact's if not given")
+    parser.add_argument("--val-batch-size", type=int, help="tokens scored at a time; the artifact's if not given")
     parser.add_argument("--paid-prefix-file", default="", help="stored validation targets (research only)")
     parser.add_argument("--paid-prefix-codec", default="lzma", choices=CODECS, help="how that file is packed")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")

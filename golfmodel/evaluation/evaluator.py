@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from golfmodel.evaluation.score import Score, Text, TokenLosses, score_text
 from golfmodel.evaluation.windows import plan_windows
 from golfmodel.runtime.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """Bits per byte of one model on one text.
+
+    Attributes:
+        side_by_side: windows that do not overlap.
+        sliding: the sliding window; None with `EVAL_STRIDE` 0.
+        with_prefix: the sliding window with covered targets at 0 bits; None without a paid prefix.
+    """
+
+    side_by_side: float
+    sliding: float | None
+    with_prefix: float | None
 
 
 class Evaluator:
@@ -47,4 +64,14 @@ class Evaluator:
             batch_tokens=self._batch_tokens,
             prefix_targets=prefix_targets,
             label=label,
+        )
+
+    def both(self, token_losses: TokenLosses, *, prefix_targets: int = 0) -> ModelScores:
+        """Both ways, and with a paid prefix of `prefix_targets` targets where that is above 0."""
+        side_by_side = self.side_by_side(token_losses, "scoring the artifact")
+        sliding = self.sliding(token_losses, prefix_targets=prefix_targets)
+        return ModelScores(
+            side_by_side=side_by_side.bits_per_byte,
+            sliding=None if sliding is None else sliding.bits_per_byte,
+            with_prefix=sliding.bits_per_byte_with_prefix if sliding is not None and prefix_targets else None,
         )

@@ -55,11 +55,6 @@ class Score:
         """The same with covered targets at 0 bits; their bytes count."""
         return self.nats_after_prefix / math.log(2) / self.num_bytes
 
-    @property
-    def loss(self) -> float:
-        """Mean nats a target."""
-        return self.nats / self.num_targets
-
 
 @torch.no_grad()
 def score_text(

@@ -47,9 +47,15 @@ class Rotary(nn.Module):
         super().__init__()
         self.length, self.head_dim, self.base = config.train_seq_len, config.head_dim, config.rope_base
         self.dtype = dtype
-        cos, sin = rotary_tables(self.length, self.head_dim, self.base, torch.get_default_device())
-        self.register_buffer("cos", cos.to(dtype), persistent=False)
-        self.register_buffer("sin", sin.to(dtype), persistent=False)
+        self.register_buffer("cos", torch.empty(self.length, self.head_dim // 2, dtype=dtype), persistent=False)
+        self.register_buffer("sin", torch.empty(self.length, self.head_dim // 2, dtype=dtype), persistent=False)
+        self.fill_tables()
+
+    def fill_tables(self) -> None:
+        """Computes the tables where they are; again after `to_empty`."""
+        cos, sin = rotary_tables(self.length, self.head_dim, self.base, self.cos.device)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         if length <= self.length:
@@ -90,6 +96,7 @@ class Attention(nn.Module):
         declare_channels(self, "query_gain", self.num_heads, config.qk_gain_init)
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask | None = None) -> Tensor:
+        """x `[B, T, D]` to `[B, T, D]`; `rotary` from `Rotary`, `mask` from `document_mask` or None for causal."""
         batch, length, width = x_BTD.shape
         q_BTHh = self.query(x_BTD).view(batch, length, self.num_heads, self.head_dim)
         k_BTGh = self.key(x_BTD).view(batch, length, self.num_kv_heads, self.head_dim)

@@ -30,6 +30,7 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | BlockMask | None = None,
     ) -> Tensor:
+        """x and x0 `[B, T, D]` to `[B, T, D]`; `rotary` and `mask` as `Attention` takes them."""
         dtype = x_BTD.dtype
         x_BTD = self.residual_mix.to(dtype) * x_BTD + self.input_mix.to(dtype) * x0_BTD
         x_BTD = x_BTD + self.attention_scale.to(dtype) * self.attention(rms_norm(x_BTD), rotary, mask)

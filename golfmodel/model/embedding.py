@@ -79,6 +79,7 @@ class InputStage(nn.Module):
         self.smear = SmearGate(config)
 
     def forward(self, tokens_BT: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
+        """Integer tokens `[B, T]`, and where documents start (bool `[B, T]`) if they are to be kept apart."""
         x_BTD = self.token(tokens_BT)
         if self.bigram is not None:
             x_BTD = x_BTD + self.bigram(tokens_BT, document_start_BT)

@@ -20,4 +20,5 @@ class MLP(nn.Module):
         self.down = Matrix(config.mlp_dim, config.model_dim, gain=0.0, **quantized)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """x `[B, T, D]` to `[B, T, D]`."""
         return self.down(F.relu(self.up(x_BTD)).square())

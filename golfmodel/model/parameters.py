@@ -33,6 +33,8 @@ class Group(enum.Enum):
 
 @dataclass(frozen=True)
 class ParameterSpec:
+    """What a module declares of one of its parameters."""
+
     storage: Storage
     group: Group
 

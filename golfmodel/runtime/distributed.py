@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,15 +15,22 @@ from torch import Tensor
 from golfmodel.runtime.errors import ConfigError
 
 TIMEOUT = timedelta(minutes=10)
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def world_size_of(environment: Mapping[str, str]) -> int:
     """How many ranks torchrun started, 1 without it.
 
     Raises:
-        ConfigError: `WORLD_SIZE` is no positive whole number.
+        ConfigError: `WORLD_SIZE` is no positive whole number, or stands without the rest of what torchrun sets.
     """
-    return _whole_number(environment, "WORLD_SIZE", default=1, low=1)
+    world_size = _whole_number(environment, "WORLD_SIZE", default=1, low=1)
+    absent = [name for name in TORCHRUN_VARIABLES if name not in environment]
+    if world_size > 1 and absent:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size} but {', '.join(absent)} is not set: start with torchrun, or unset WORLD_SIZE"
+        )
+    return world_size
 
 
 def rank_of(environment: Mapping[str, str]) -> int:
@@ -57,6 +64,12 @@ def runs_on_gpu(device: str) -> bool:
 @dataclass(frozen=True)
 class Ranks:
     """This process among the ranks, and the few ways in which they speak to each other.
+
+    Attributes:
+        rank: this process's number, from 0.
+        world_size: how many there are, over all hosts.
+        device: where this rank computes.
+        control: the gloo group for host values; None for one rank.
 
     Tensors travel over NCCL between GPUs and gloo between CPUs. Host values travel over `control`, a gloo group, so
     that agreeing on the time or a file never waits for a GPU.
@@ -107,11 +120,15 @@ class Ranks:
 
     def broadcast_number(self, value: float) -> float:
         """Rank 0's `value` on every rank, exactly; touches no GPU."""
+        return self.broadcast_numbers([value])[0]
+
+    def broadcast_numbers(self, values: Sequence[float]) -> list[float]:
+        """Rank 0's `values` on every rank, exactly, in one message; touches no GPU."""
         if self.world_size == 1:
-            return value
-        message = torch.tensor([value], dtype=torch.float64)
+            return list(values)
+        message = torch.tensor(values, dtype=torch.float64)
         dist.broadcast(message, src=0, group=self.control)
-        return message.item()
+        return message.tolist()
 
     def broadcast_bytes(self, data: bytes | None) -> bytes:
         """Rank 0's `data` on every rank; the others pass None."""
@@ -126,11 +143,6 @@ class Ranks:
             message.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         dist.broadcast(message, src=0, group=self.control)
         return message.numpy().tobytes()
-
-    def barrier(self) -> None:
-        """Waits until every rank's host is here."""
-        if self.world_size > 1:
-            dist.barrier(group=self.control)
 
 
 @contextmanager
@@ -159,8 +171,8 @@ def process_group(device: str = "auto", environment: Mapping[str, str] = os.envi
         yield Ranks(rank=0, world_size=1, device=place)
         return
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=place if on_gpu else None)
-    try:
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else dist.group.WORLD
-        yield Ranks(rank=rank, world_size=world_size, device=place, control=control)
-    finally:
-        dist.destroy_process_group()
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else dist.group.WORLD
+    yield Ranks(rank=rank, world_size=world_size, device=place, control=control)
+    # Not after an error: the other ranks may be waiting inside a collective, and leaving would wait for them. The
+    # process ends with its message, and torchrun ends the others.
+    dist.destroy_process_group()

@@ -55,6 +55,12 @@ class Progress:
         elif self._enabled and time.perf_counter() - self._last_line >= PLAIN_INTERVAL_SECONDS:
             self._print_line()
 
+    def expect(self, total: int) -> None:
+        """Corrects how many units there will be."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.total = total
+
     def write(self, line: str) -> None:
         """Prints a line to stdout without tearing the bar."""
         if not self._enabled:

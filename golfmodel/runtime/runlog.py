@@ -77,7 +77,7 @@ class RunLog:
 
 
 def read_events(path: str | Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """The events of a log, all or those of one kind; a last line that was cut off is passed over."""
+    """The events of a log, all or those of one kind; a line that was cut off is passed over."""
     with Path(path).open(encoding="utf-8") as file:
         for line in file:
             try:

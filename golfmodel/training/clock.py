@@ -8,6 +8,8 @@ from collections import deque
 import torch
 
 RECENT_STEPS = 20
+SLOWER_BY = 1.25  # a step may be this much slower than every recent one
+AFTER_A_STEP = 0.05  # seconds for what follows the last step: an average, a log line, the device's last wait
 
 
 class TrainingClock:
@@ -59,9 +61,9 @@ class TrainingClock:
             self._in_flight.popleft().synchronize()
 
     def end_of_next_step(self) -> float:
-        """When a step launched now would end at the latest, were it as slow as the slowest of the recent ones."""
-        slowest = max(self._laps, default=0.0)
-        return self.seconds + (len(self._in_flight) + 1) * slowest
+        """When a step launched now would be over at the latest, were it `SLOWER_BY` times the slowest recent one."""
+        slowest = SLOWER_BY * max(self._laps, default=0.0)
+        return self.seconds + (len(self._in_flight) + 1) * slowest + AFTER_A_STEP
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

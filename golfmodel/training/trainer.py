@@ -77,6 +77,7 @@ class Trainer:
         self._clock = TrainingClock(ranks.device)
         self._first_bad_step = torch.tensor(NEVER, device=ranks.device)
         self._bpb: float | None = None
+        self._last_logged = (0, 0.0)
 
     def warm_up(self) -> None:
         """Takes `WARMUP_STEPS` steps that prime every compiled path, then puts everything back as it was."""
@@ -103,7 +104,7 @@ class Trainer:
         config, step = self.config, 0
         self.model.train()
         self._clock.resume()
-        with Progress("training", self._planned_steps(), unit="steps", enabled=self.ranks.is_main) as progress:
+        with Progress("training", config.iterations, unit="steps", enabled=self.ranks.is_main) as progress:
             while step < config.iterations:
                 self._clock.wait_for_room()
                 elapsed, end = self._agreed_times()
@@ -115,7 +116,9 @@ class Trainer:
                 self._clock.step_launched()
                 if config.swa_enabled and lr_scale < SWA_BELOW_LR_SCALE and step % config.swa_every == 0:
                     self.average.add()
-                progress.update(1, **self._status(step, elapsed))
+                planned, status = self._status(step, elapsed)
+                progress.expect(planned)
+                progress.update(1, **status)
                 if step % config.train_log_every == 0 or step == 1:
                     self._log_step(step, loss, lr_scale, progress)
                 if self._validate is not None and config.val_loss_every and step % config.val_loss_every == 0:
@@ -146,29 +149,28 @@ class Trainer:
 
     def _agreed_times(self) -> tuple[float, float]:
         """Rank 0's training time and its forecast of the next step's end, so that all ranks decide alike."""
-        elapsed = self.ranks.broadcast_number(self._clock.seconds)
-        end = self.ranks.broadcast_number(self._clock.end_of_next_step())
+        elapsed, end = self.ranks.broadcast_numbers([self._clock.seconds, self._clock.end_of_next_step()])
         return elapsed, end
 
-    def _planned_steps(self) -> int | None:
-        return None if self.config.max_wallclock_seconds else self.config.iterations
-
-    def _status(self, step: int, elapsed: float) -> dict[str, str]:
-        fields = {}
-        if elapsed:
-            fields["tok/s"] = f"{(step - 1) * self.config.train_batch_tokens / elapsed:,.0f}"
-            mean = elapsed / max(step - 1, 1)
-            left = mean * (self.config.iterations - step)
-            if self.config.max_wallclock_seconds:
-                left = min(left, self.config.max_wallclock_seconds - elapsed)
-            fields["left"] = f"{max(left, 0.0):.0f}s"
-        return fields
+    def _status(self, step: int, elapsed: float) -> tuple[int, dict[str, str]]:
+        """How many steps the run will have, by its speed so far, and what stands beside the progress bar."""
+        config = self.config
+        if not elapsed:
+            return config.iterations, {}
+        mean = elapsed / max(step - 1, 1)
+        left = mean * (config.iterations - step)
+        if config.max_wallclock_seconds:
+            left = max(0.0, min(left, config.max_wallclock_seconds - elapsed))
+        fields = {"tok/s": f"{config.train_batch_tokens / mean:,.0f}", "left": f"{left:.0f}s"}
+        return step + round(left / mean), fields
 
     def _log_step(self, step: int, loss: Tensor, lr_scale: float, progress: Progress) -> None:
         self._check_finite()
         mean_loss = self.ranks.reduce_sum(loss).item() / self.ranks.world_size
         seconds = self._clock.seconds
-        tokens_per_second = step * self.config.train_batch_tokens / seconds
+        last_step, last_seconds = self._last_logged
+        tokens_per_second = (step - last_step) * self.config.train_batch_tokens / (seconds - last_seconds)
+        self._last_logged = (step, seconds)
         progress.update(0, loss=f"{mean_loss:.4f}", **({} if self._bpb is None else {"bpb": f"{self._bpb:.4f}"}))
         progress.write(
             f"step:{step}/{self.config.iterations} train_loss:{mean_loss:.4f} lr_scale:{lr_scale:.3f} "
@@ -200,8 +202,9 @@ class Trainer:
         first = int(self.ranks.reduce_min(self._first_bad_step).item())
         if first < NEVER:
             self.log.event("not_finite", step=first)
+            place = self.log.directory if self.ranks.is_main else "the run directory of rank 0"
             raise TrainingError(
-                f"the training loss is not finite since step {first}: training stopped, the log is kept in "
-                f"{self.log.directory}; try lower learning rates (MATRIX_LR {self.config.matrix_lr}, SCALAR_LR "
-                f"{self.config.scalar_lr}) or look at the batch of that step"
+                f"the training loss is not finite since step {first}: training stopped, the log is kept in {place}; "
+                f"try lower learning rates (MATRIX_LR {self.config.matrix_lr}, "
+                f"SCALAR_LR {self.config.scalar_lr}) or look at the batch of that step"
             )

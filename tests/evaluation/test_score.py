@@ -167,7 +167,6 @@ def test_figures_of_a_score():
     score = Score(nats=6 * math.log(2), nats_after_prefix=3 * math.log(2), num_bytes=12, num_targets=4)
     assert score.bits_per_byte == pytest.approx(0.5)
     assert score.bits_per_byte_with_prefix == pytest.approx(0.25)
-    assert score.loss == pytest.approx(1.5 * math.log(2))
 
 
 def test_sums_are_kept_in_float64():

@@ -59,7 +59,6 @@ def speak(ranks: Ranks) -> dict[str, Any]:
         "bytes": hashlib.sha256(ranks.broadcast_bytes(MEGABYTE if ranks.is_main else None)).hexdigest(),
     }
     ranks.broadcast_parameters(weights)
-    ranks.barrier()
     got["weights"] = [weight.float().flatten().tolist() for weight in weights]
     try:
         got["no_bytes"] = ranks.broadcast_bytes(b"" if ranks.is_main else None).hex()
@@ -148,7 +147,6 @@ def test_one_rank_needs_no_group_and_changes_nothing():
         only = parameter(FLOAT_GRADIENTS, 0, torch.float32)
         ranks.average_gradients([only])
         ranks.broadcast_parameters([only])
-        ranks.barrier()
         assert only.grad.tolist() == [FLOAT_GRADIENTS[0]]
         assert ranks.reduce_sum(tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
         assert ranks.reduce_min(tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
@@ -156,9 +154,20 @@ def test_one_rank_needs_no_group_and_changes_nothing():
         assert ranks.broadcast_bytes(b"") == b""
 
 
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
 @pytest.mark.parametrize(("text", "size"), [(None, 1), ("1", 1), ("8", 8), ("384", 384)])
 def test_world_size(text, size):
-    assert world_size_of({} if text is None else {"WORLD_SIZE": text}) == size
+    assert world_size_of({} if text is None else {**TORCHRUN, "WORLD_SIZE": text}) == size
+
+
+@pytest.mark.parametrize("absent", sorted(TORCHRUN))
+def test_several_ranks_need_all_that_torchrun_sets(absent):
+    environment = {name: value for name, value in TORCHRUN.items() if name != absent}
+    with pytest.raises(ConfigError, match=f"WORLD_SIZE is 2 but {absent} is not set"):
+        world_size_of({**environment, "WORLD_SIZE": "2"})
+    assert world_size_of({**environment, "WORLD_SIZE": "1"}) == 1
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "2.0", "two", "²"])
@@ -172,7 +181,7 @@ def test_more_ranks_than_gpus_are_told_how_many_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with (
         pytest.raises(ConfigError, match=r"local rank 4.*4.*--nproc_per_node=4"),
-        process_group("cuda", {"WORLD_SIZE": "8", "RANK": "4", "LOCAL_RANK": "4"}),
+        process_group("cuda", {**TORCHRUN, "WORLD_SIZE": "8", "RANK": "4", "LOCAL_RANK": "4"}),
     ):
         pass
 

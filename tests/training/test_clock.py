@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from golfmodel.training import clock as clock_module
-from golfmodel.training.clock import RECENT_STEPS, TrainingClock
+from golfmodel.training.clock import AFTER_A_STEP, RECENT_STEPS, SLOWER_BY, TrainingClock
 
 
 @pytest.fixture
@@ -26,6 +26,11 @@ def take_step(clock: TrainingClock, now: list[float], seconds: float) -> None:
     clock.step_launched()
 
 
+def over(now: float, slowest: float) -> float:
+    """When the next step must be over, by the forecast's definition."""
+    return pytest.approx(now + SLOWER_BY * slowest + AFTER_A_STEP)
+
+
 def test_counts_only_while_it_runs(clock, now):
     assert clock.seconds == 0.0
     now[0] += 5  # building the model
@@ -44,12 +49,12 @@ def test_counts_only_while_it_runs(clock, now):
 
 def test_the_next_step_is_expected_to_be_as_slow_as_the_slowest(clock, now):
     clock.resume()
-    assert clock.end_of_next_step() == 0.0
+    assert clock.end_of_next_step() == over(0, 0)
     for seconds in (0.5, 2.0, 1.0):
         take_step(clock, now, seconds)
-    assert clock.end_of_next_step() == pytest.approx(3.5 + 2.0)
+    assert clock.end_of_next_step() == over(3.5, 2.0)
     now[0] += 0.25
-    assert clock.end_of_next_step() == pytest.approx(3.75 + 2.0)
+    assert clock.end_of_next_step() == over(3.75, 2.0)
 
 
 def test_a_slow_step_is_forgotten_in_time(clock, now):
@@ -57,9 +62,9 @@ def test_a_slow_step_is_forgotten_in_time(clock, now):
     take_step(clock, now, 30.0)
     for _ in range(RECENT_STEPS - 1):
         take_step(clock, now, 1.0)
-    assert clock.end_of_next_step() == pytest.approx(30 + RECENT_STEPS - 1 + 30)
+    assert clock.end_of_next_step() == over(30 + RECENT_STEPS - 1, 30)
     take_step(clock, now, 1.0)
-    assert clock.end_of_next_step() == pytest.approx(30 + RECENT_STEPS + 1)
+    assert clock.end_of_next_step() == over(30 + RECENT_STEPS, 1)
 
 
 def test_a_validation_does_not_make_a_step_slow(clock, now):
@@ -70,7 +75,7 @@ def test_a_validation_does_not_make_a_step_slow(clock, now):
     clock.resume()
     take_step(clock, now, 1.0)
     assert clock.seconds == pytest.approx(2)
-    assert clock.end_of_next_step() == pytest.approx(3)
+    assert clock.end_of_next_step() == over(2, 1)
 
 
 def test_a_run_that_asks_before_each_step_keeps_its_limit(clock, now):
@@ -80,7 +85,16 @@ def test_a_run_that_asks_before_each_step_keeps_its_limit(clock, now):
     while not steps or clock.end_of_next_step() <= 600.0:
         take_step(clock, now, 7.0 + steps % 3)
         steps += 1
-    assert 600.0 - 2 * 9.0 < clock.seconds <= 600.0
+    assert 600.0 - 2.5 * 9.0 < clock.seconds <= 600.0
+
+
+def test_a_last_step_slower_than_every_recent_one_still_keeps_the_limit(clock, now):
+    clock.resume()
+    while clock.end_of_next_step() + 0.1 <= 600.0:
+        take_step(clock, now, 0.1)
+    assert clock.end_of_next_step() <= 600.0
+    take_step(clock, now, 0.1 * 1.2)
+    assert 599.5 < clock.seconds <= 600.0
 
 
 @pytest.mark.gpu
