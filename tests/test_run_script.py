@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from golfmodel.runtime.versions import PROJECT_ROOT
 
@@ -82,3 +83,19 @@ def test_a_python_whose_torch_sees_a_gpu_is_reused(checkout):
     assert result.returncode == 1
     assert "reusing the torch" in result.stdout
     assert "VENV -m venv --clear --system-site-packages .venv" in result.stdout
+
+
+def test_the_packages_of_a_reused_virtual_environment_are_seen(checkout):
+    """A venv made from a venv sees the packages of neither by itself."""
+    assert sys.prefix != sys.base_prefix, "the suite runs in .venv"
+    python = fake_python(checkout, f'case "$*" in -) exit 0 ;; *) exec {sys.executable} "$@" ;; esac')
+    result = run(checkout, "setup", PYTHON=python)
+    assert result.returncode == 0, result.stderr
+    assert "installing" not in result.stdout
+    found = subprocess.run(
+        [str(checkout / ".venv/bin/python"), "-c", "import sys, torch; print(sys.prefix, torch.__version__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() == [str(checkout / ".venv"), torch.__version__]
