@@ -24,7 +24,7 @@ def versions() -> dict[str, Any]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu_threads": torch.get_num_threads(),
         "commit": _commit(),
     }
