@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from golfmodel.config import resolve
-from golfmodel.runtime.errors import front_door
+from golfmodel.runtime.errors import front_door, leave
 
 
 @front_door
@@ -24,4 +24,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

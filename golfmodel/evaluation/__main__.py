@@ -23,7 +23,7 @@ from golfmodel.data.tokenizer import Tokenizer
 from golfmodel.evaluation.evaluator import Evaluator
 from golfmodel.runtime.compiling import compiled
 from golfmodel.runtime.distributed import process_group
-from golfmodel.runtime.errors import ConfigError, front_door
+from golfmodel.runtime.errors import ConfigError, front_door, leave
 
 
 @front_door
@@ -93,4 +93,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from golfmodel.runtime import errors
 from golfmodel.runtime.errors import GolfError, front_door
+from golfmodel.runtime.versions import PROJECT_ROOT
 
 KINDS = [errors.ConfigError, errors.DataError, errors.ArtifactError, errors.TrainingError, errors.StorageError]
 
@@ -72,3 +77,22 @@ def test_arguments_and_status_pass_through():
 
     assert main(["a", "b"], status=5) == 7
     assert main.__doc__ == "What it does."
+
+
+@pytest.mark.parametrize(("world_size", "shut_down"), [("1", True), ("2", False)])
+def test_one_of_several_ranks_leaves_without_pythons_shutdown(world_size, shut_down):
+    program = (
+        "import atexit; from golfmodel.runtime.errors import leave\n"
+        "atexit.register(print, 'shut down'); print('said'); leave(3)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "WORLD_SIZE": world_size},
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 3
+    assert result.stdout.startswith("said")
+    assert ("shut down" in result.stdout) is shut_down
