@@ -232,6 +232,7 @@ def test_every_option_of_the_recipe_goes_through_the_pipeline(tiny_options):
     }
     summary = pipeline.run(Config(**options), {})
     assert summary["val_bpb"] is None, "no sliding window, no val_bpb"
+    assert summary["not_eligible_because"] == ["its val_bpb was not measured (EVAL_STRIDE is 0)"]
     assert math.isfinite(summary["val_bpb_int6"])
     assert summary["val_bpb_averaged"] == summary["val_bpb_training"]
 

@@ -62,7 +62,7 @@ def leave(status: int) -> NoReturn:
     """Ends a front door's process with `status`.
 
     One of several ranks ends at once, without Python's shutdown: a gloo thread that comes to free the tensors of the
-    last collective during it aborts the process (seen with torch 2.13, in one of twelve runs).
+    last collective during it aborts the process (seen with torch 2.13, in 2 of 16 runs).
     """
     sys.stdout.flush()
     sys.stderr.flush()
