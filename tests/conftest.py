@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from golfmodel.config import Config
 from golfmodel.data.demo import DEMO_TOKENIZER, build_demo_corpus
 from golfmodel.data.shards import find_shards, open_shard, write_shard
 from golfmodel.data.tokenizer import Tokenizer
+
+# A check that decides whether a change lands draws the same examples each time; elsewhere every run draws new ones.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
