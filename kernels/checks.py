@@ -32,6 +32,8 @@ def check_dtype(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> No
 
 def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], dims: str) -> None:
     """`value` must be a tensor of one of `dtypes`, with one dimension for each letter of `dims`."""
+    if isinstance(value, Tensor) and value.dtype in dtypes and value.dim() == len(dims):
+        return
     check_dtype(name, value, dtypes)
     if value.dim() != len(dims):
         wanted = f"[{', '.join(dims)}]" if dims else "[] (no dimensions)"

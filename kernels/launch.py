@@ -1,0 +1,90 @@
+"""How a Triton kernel is started, and Triton itself where it is installed.
+
+Every kernel takes its tensors first (None for one that is not there), then its run-time sizes, which it names
+in `do_not_specialize`, then its compile-time constants. `launch` counts on that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # a platform without Triton: the kernels are never started there
+
+    class triton:
+        """Stands in for the decorator alone."""
+
+        @staticmethod
+        def jit(function: Callable | None = None, **options: Any) -> Callable:
+            return function if function is not None else lambda function: function
+
+    tl = None
+
+_compiled: dict[tuple, tuple] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[Tensor | None, ...],
+    sizes: tuple[int, ...],
+    constants: tuple,
+    *,
+    num_warps: int = 4,
+) -> None:
+    """`kernel[grid](*tensors, *sizes, *constants)` on the device of the first tensor.
+
+    Triton's own start of a kernel looks at every argument anew, which takes the host longer than the smaller
+    kernels run. So what was compiled for these dtypes, constants and 16-byte aligned tensors is kept and started
+    with plain addresses. Launch hooks (`triton.knobs.runtime`) see the first start alone.
+    """
+    if 0 in grid:
+        return
+    device = tensors[0].get_device()
+    if device < 0:
+        kernel[grid](*tensors, *sizes, *constants)
+        return
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, tensors, sizes, constants, num_warps=num_warps)
+        return
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    misaligned = 0
+    for pointer in pointers:
+        misaligned |= pointer or 0
+    if misaligned & 15:
+        kernel[grid](*tensors, *sizes, *constants, num_warps=num_warps)
+        return
+    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+    wide = max(sizes, default=0) >= 2**31  # then Triton takes it as int64
+    key = (id(kernel), device, num_warps, constants, wide, *dtypes)
+    kept = _compiled.get(key)
+    if kept is None:
+        compiled = kernel[grid](*tensors, *sizes, *constants, num_warps=num_warps)
+        _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+        return
+    run, function, metadata = kept
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    x, y, z = (*grid, 1, 1)[:3]
+    run(x, y, z, stream, function, metadata, None, None, None, *pointers, *sizes, *constants)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with its elements in a row, a copy where they were not; None for None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def compute_dtype(dtype: torch.dtype) -> Any:
+    """What a kernel computes in, as Triton names it: float64 for float64, else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
