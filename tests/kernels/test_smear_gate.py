@@ -12,6 +12,8 @@ from kernels import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+pytestmark = pytest.mark.usefixtures("every_implementation")
+
 
 def make(shape, dtype=torch.float32, device="cpu", seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -134,8 +136,8 @@ def test_compiled_equals_eager(with_starts, dtype, device, compiled):
     assert all(map(torch.equal, *results))
 
 
-def test_fake_tensors():
-    with FakeTensorMode():
+def test_fake_tensors(device):
+    with FakeTensorMode(), device:
         y = kernels.smear_gate(torch.empty(2, 3, 4, dtype=torch.bfloat16), torch.empty(4))
     assert (y.shape, y.dtype) == ((2, 3, 4), torch.bfloat16)
 
