@@ -4,6 +4,7 @@
 """
 
 from kernels.bigram_hash import bigram_hash, bigram_hash_embed
+from kernels.input_stage import input_stage
 from kernels.int6 import dequantize_int6, fake_quantize_int6, pack_int6, quantize_int6, unpack_int6
 from kernels.newton_schulz import newton_schulz
 from kernels.smear_gate import smear_gate
@@ -13,6 +14,7 @@ __all__ = [
     "bigram_hash_embed",
     "dequantize_int6",
     "fake_quantize_int6",
+    "input_stage",
     "newton_schulz",
     "pack_int6",
     "quantize_int6",

@@ -87,6 +87,24 @@ def bigram_hash_embed(
     return rows_BTD.to(table_KD.dtype)
 
 
+def input_stage(
+    tokens_BT: Tensor,
+    token_table_VD: Tensor,
+    gate_D: Tensor,
+    bigram_table_KD: Tensor | None = None,
+    scale: Tensor | None = None,
+    document_start_BT: Tensor | None = None,
+    eps: float = 2.0**-23,
+) -> Tensor:
+    """smear_gate(rms_norm(token_table[tokens] + bigram_hash_embed(tokens, bigram_table, scale)))."""
+    dtype = _compute_dtype(token_table_VD.dtype)
+    x_BTD = F.embedding(tokens_BT.to(torch.int64), token_table_VD.to(dtype))
+    if bigram_table_KD is not None:
+        x_BTD = x_BTD + bigram_hash_embed(tokens_BT, bigram_table_KD.to(dtype), scale, document_start_BT)
+    x_BTD = F.rms_norm(x_BTD, (x_BTD.shape[-1],), eps=eps)
+    return smear_gate(x_BTD, gate_D, document_start_BT).to(token_table_VD.dtype)
+
+
 def quantize_int6(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
     """scale = fp16(max|w| / 31), 1 where 0, at most 65504; codes = clamp(round(w / scale), -31, 31)."""
     # NaN becomes 0, and an infinity the largest finite number, where scale and code are saturated as well.

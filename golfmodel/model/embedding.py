@@ -6,13 +6,12 @@ B batch, T time, D model width, V vocabulary, K bigram buckets, I bigram width.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golfmodel.config import Config
-from golfmodel.model.layers import Matrix, declare_channels, rms_norm
+from golfmodel.model.layers import RMS_NORM_EPSILON, Matrix, declare_channels
 from golfmodel.model.parameters import Group, Storage, declare
-from kernels import bigram_hash_embed, smear_gate
+from kernels import input_stage
 
 BIGRAM_SCALE_INIT = 0.05
 INT6_MIN_PROJECTION = 65_536
@@ -27,14 +26,11 @@ class TokenEmbedding(nn.Module):
         weight_VD = (torch.randn(config.vocab_size, config.model_dim) * std).to(dtype)
         declare(self, "weight", weight_VD, Storage(config.embed_storage), Group.EMBEDDING)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return F.embedding(tokens_BT, self.weight)
-
 
 class BigramEmbedding(nn.Module):
-    """`s * (H[h(t_prev, t)] @ P^T)`: a hashed table `H` `[K, I]`, projected to the model's width.
+    """A hashed table `H` `[K, I]`, projected to the model's width by `P`, and the scale `s` of its rows.
 
-    The projection commutes with the lookup, so `H @ P^T` is made once a call, K rows instead of B * T.
+    The projection commutes with the lookup, so `projected` makes it once, for K rows instead of B * T.
     """
 
     def __init__(self, config: Config, dtype: torch.dtype) -> None:
@@ -53,24 +49,25 @@ class BigramEmbedding(nn.Module):
                 fake_quantize=config.qat_enabled,
             )
 
-    def forward(self, tokens_BT: Tensor, document_start_BT: Tensor | None) -> Tensor:
-        table_KD = self.table if self.projection is None else self.projection(self.table)
-        return bigram_hash_embed(tokens_BT, table_KD, self.scale, document_start_BT)
+    def projected(self) -> Tensor:
+        """`H P^T` `[K, D]`."""
+        return self.table if self.projection is None else self.projection(self.table)
 
 
 class SmearGate(nn.Module):
-    """`x_i <- (1 - g) * x_i + g * x_{i-1}`, `g = sigmoid(gate)` per channel."""
+    """The logit of SmearGate's mix, per channel."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         declare_channels(self, "gate", config.model_dim, 0.0)
 
-    def forward(self, x_BTD: Tensor, document_start_BT: Tensor | None) -> Tensor:
-        return smear_gate(x_BTD, self.gate, document_start_BT)
-
 
 class InputStage(nn.Module):
-    """Tokens `[B, T]` to `x0` `[B, T, D]`, the input of the first block and a skip into every block."""
+    """Tokens `[B, T]` to `x0` `[B, T, D]`, the input of the first block and a skip into every block.
+
+    `x = E[t] + s * (H P^T)[h(t_prev, t)]`, RMS norm, then `x_i <- (1 - g) * x_i + g * x_{i-1}`: one kernel, which
+    writes x0 and nothing else.
+    """
 
     def __init__(self, config: Config, dtype: torch.dtype) -> None:
         super().__init__()
@@ -80,7 +77,12 @@ class InputStage(nn.Module):
 
     def forward(self, tokens_BT: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
         """Integer tokens `[B, T]`, and where documents start (bool `[B, T]`) if they are to be kept apart."""
-        x_BTD = self.token(tokens_BT)
-        if self.bigram is not None:
-            x_BTD = x_BTD + self.bigram(tokens_BT, document_start_BT)
-        return self.smear(rms_norm(x_BTD), document_start_BT)
+        return input_stage(
+            tokens_BT,
+            self.token.weight,
+            self.smear.gate,
+            None if self.bigram is None else self.bigram.projected(),
+            None if self.bigram is None else self.bigram.scale,
+            document_start_BT,
+            eps=RMS_NORM_EPSILON,
+        )

@@ -14,12 +14,17 @@ from kernels import dispatch, reference
 X, GATE = torch.randn(2, 3, 4), torch.randn(4)
 TOKENS, TABLE = torch.zeros(2, 3, dtype=torch.int64), torch.randn(8, 4)
 WEIGHT, CODES, SCALE = torch.randn(2, 4), torch.zeros(2, 4, dtype=torch.int8), torch.ones(2, dtype=torch.half)
+STARTS = torch.zeros(2, 3, dtype=torch.bool)
 PACKED = torch.zeros(2, 3, dtype=torch.uint8)
 
 CALLS = [
     ("smear_gate", (X, GATE), {}, (X, GATE, None), {}),
     ("bigram_hash", (TOKENS, 8), {}, (TOKENS, 8, None), {}),
     ("bigram_hash_embed", (TOKENS, TABLE), {}, (TOKENS, TABLE, None, None), {}),
+    (
+        *("input_stage", (TOKENS, TABLE, GATE), {"document_start_BT": STARTS}),
+        *((TOKENS, TABLE, GATE, None, None, STARTS, 2.0**-23), {}),
+    ),
     ("quantize_int6", (WEIGHT,), {}, (WEIGHT,), {}),
     ("dequantize_int6", (CODES, SCALE), {"dtype": torch.half}, (CODES, SCALE, torch.half), {}),
     ("fake_quantize_int6", (WEIGHT,), {}, (WEIGHT, None), {}),
