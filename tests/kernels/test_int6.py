@@ -12,11 +12,13 @@ from hypothesis.extra import numpy as hnp
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels import reference
+from kernels import reference, testing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [(1, 1), (3, 1), (1, 3), (3, 127), (127, 3), (2, 513)]
 INF, NAN = math.inf, math.nan
+
+pytestmark = pytest.mark.usefixtures("every_implementation")
 
 
 def make(shape, dtype=torch.float32, device="cpu", seed=0):
@@ -157,10 +159,10 @@ def test_dequantize_is_the_exact_product_rounded_once(dtype, device):
     codes = torch.arange(-32, 32, dtype=torch.int8, device=device).repeat(6, 1)
     scale = torch.tensor([1.0, 0.1, 2.0**-24, 1.0009765625, 2047.0, 65504.0], dtype=torch.float16)
     weight = kernels.dequantize_int6(codes, scale.to(device), dtype)
-    product = codes.cpu().double().numpy() * scale.double().numpy()[:, None]
+    product = torch.from_numpy(codes.cpu().double().numpy() * scale.double().numpy()[:, None])
     assert weight.dtype == dtype
-    assert torch.equal(weight.cpu(), torch.from_numpy(product).to(dtype))
-    assert torch.equal(kernels.dequantize_int6(codes, scale.to(device)).cpu(), torch.from_numpy(product).float())
+    testing.compare("dequantize_int6", [(weight.cpu(), product.to(dtype), product)], exact=True)
+    assert torch.equal(kernels.dequantize_int6(codes, scale.to(device)).cpu(), product.float())
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0)])
@@ -325,8 +327,8 @@ def test_compiled_with_symbolic_shapes(device, compiled):
         assert torch.equal(function(weight), kernels.fake_quantize_int6(weight))
 
 
-def test_fake_tensors():
-    with FakeTensorMode():
+def test_fake_tensors(device):
+    with FakeTensorMode(), device:
         codes, scale = kernels.quantize_int6(torch.empty(5, 7, dtype=torch.bfloat16))
         packed = kernels.pack_int6(codes)
         results = (

@@ -1,0 +1,169 @@
+"""Many matrices in one launch: a table on the device tells every program which matrix is its own, and where it is.
+
+A kernel that can do both takes `(*inputs, *results, p_table, R, C, *constants, b_N)`. For one matrix `p_table` is
+None; for many, R and C and the pointers come out of the table, int64 [fields, b_N] with a column a matrix: its first
+program, R, C, the addresses of its inputs, the elements at which its results start in an allocation they all share.
+
+Shapes: N matrices, padded to b_N; R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.launch import launch, tl, triton
+from kernels.tuning import next_power_of_2
+
+KEPT = 64  # tables kept for the next call on the same matrices
+ALIGNMENT = 16  # bytes: every result starts at a multiple, so that it can be written in the widest words
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@triton.jit
+def find_matrix(p_table, R, C, b_N: tl.constexpr):
+    """(this program's matrix, the program's number within it, R, C)."""
+    matrix = 0
+    program = tl.program_id(0)
+    if p_table is not None:
+        first_N = tl.load(p_table + tl.arange(0, b_N))
+        # Matrices without programs begin where the next one does, so the last that has begun is never one of them.
+        matrix = tl.sum((first_N <= program).to(tl.int32), axis=0) - 1
+        program -= tl.load(p_table + matrix).to(tl.int32)
+        R = tl.load(p_table + b_N + matrix).to(tl.int32)
+        C = tl.load(p_table + 2 * b_N + matrix).to(tl.int32)
+    return matrix, program, R, C
+
+
+@triton.jit
+def input_pointer(p_x, p_table, matrix, FIELD: tl.constexpr, ALIGNED: tl.constexpr, b_N: tl.constexpr):
+    """Where an input of the matrix begins, at a multiple of ALIGNED elements."""
+    if p_table is not None:
+        BYTES: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth // 8
+        p_x = tl.multiple_of(tl.load(p_table + FIELD * b_N + matrix).to(p_x.dtype), ALIGNED * BYTES)
+    return p_x
+
+
+@triton.jit
+def result_pointer(p_y, p_table, matrix, FIELD: tl.constexpr, b_N: tl.constexpr):
+    """Where a result of the matrix begins."""
+    if p_table is not None:
+        BYTES: tl.constexpr = p_y.dtype.element_ty.primitive_bitwidth // 8
+        p_y += tl.multiple_of(tl.load(p_table + FIELD * b_N + matrix), 16 // BYTES)
+    return p_y
+
+
+class Work(NamedTuple):
+    """What is to be done for one matrix."""
+
+    kernel: Any
+    programs: int
+    rows: int
+    columns: int
+    constants: tuple
+    num_warps: int
+    results: tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape and dtype of each
+
+
+class _Group(NamedTuple):
+    """The matrices that one launch does."""
+
+    work: Work  # of its first matrix: the kernel, the constants and the warps are the same for all
+    first: int  # which matrix that is
+    programs: int
+    table: Tensor
+
+
+class _Batch(NamedTuple):
+    """A list of matrices, ready to be launched."""
+
+    groups: list[_Group]
+    sizes: list[tuple[int, torch.dtype]]  # of the allocation that holds all results of a kind
+    views: list[list[tuple[tuple[int, ...], tuple[int, ...], int]]]  # shape, strides, start: by kind, then matrix
+    b_N: int
+
+
+_batches: dict[tuple, _Batch] = {}
+
+
+def can_group(tensors: Sequence[Tensor]) -> bool:
+    """Whether `run_all` takes these tensors: something that traces needs ops, a CUDA graph no table of pointers."""
+    if torch.compiler.is_compiling() or not all(type(tensor) in _PLAIN for tensor in tensors):
+        return False
+    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def run_one(work: Work, *inputs: Tensor) -> list[Tensor]:
+    """The results for one matrix."""
+    results = [inputs[0].new_empty(shape, dtype=dtype) for shape, dtype in work.results]
+    tensors = (*inputs, *results, None)
+    constants = (*work.constants, 1)
+    launch(work.kernel, (work.programs,), tensors, (work.rows, work.columns), constants, num_warps=work.num_warps)
+    return results
+
+
+def run_all(plan: Callable[..., Work], arguments: list[tuple]) -> list[list[Tensor]]:
+    """By kind of result, that of every matrix, whose work is `plan(*arguments[i])`; few launches do them all.
+
+    The tensors among the arguments are the inputs: contiguous, on one device, of any dtypes. The results of one
+    kind have one dtype and are views of one allocation.
+    """
+    device = arguments[0][0].device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    traits = [[(x.data_ptr(), x.dtype, x.shape) if isinstance(x, Tensor) else x for x in xs] for xs in arguments]
+    # All that a table holds is in the key. The stream is, because only there has the table surely arrived.
+    key = (plan, device, stream, *map(tuple, traits))
+    batch = _batches.get(key)
+    if batch is None:
+        if len(_batches) >= KEPT:
+            _batches.clear()
+        batch = _batches[key] = _prepare(plan, arguments, device)
+    flats = [torch.empty(size, dtype=dtype, device=device) for size, dtype in batch.sizes]
+    for work, first, programs, table in batch.groups:
+        tensors = (*_tensors(arguments[first]), *flats, table)
+        launch(work.kernel, (programs,), tensors, (0, 0), (*work.constants, batch.b_N), num_warps=work.num_warps)
+    return [[flat.as_strided(*view) for view in views] for flat, views in zip(flats, batch.views, strict=True)]
+
+
+def _prepare(plan: Callable[..., Work], arguments: list[tuple], device: torch.device) -> _Batch:
+    works = [plan(*values) for values in arguments]
+    dtypes = [dtype for _, dtype in works[0].results]
+    ends = [0] * len(dtypes)
+    views = [[] for _ in dtypes]
+    members: dict[tuple, list[int]] = {}
+    for index, work in enumerate(works):
+        for kind, (shape, dtype) in enumerate(work.results):
+            views[kind].append((shape, torch.empty(shape, device="meta").stride(), ends[kind]))
+            unit = ALIGNMENT // dtype.itemsize
+            ends[kind] += -(-torch.Size(shape).numel() // unit) * unit
+        input_dtypes = tuple(tensor.dtype for tensor in _tensors(arguments[index]))
+        members.setdefault((work.kernel, work.constants, work.num_warps, input_dtypes), []).append(index)
+
+    b_N = next_power_of_2(max(map(len, members.values())))
+    tables, totals = [], []
+    for indices in members.values():
+        columns, programs = [], 0
+        for index in indices:
+            work = works[index]
+            addresses = [tensor.data_ptr() for tensor in _tensors(arguments[index])]
+            columns.append([programs, work.rows, work.columns, *addresses, *(of_kind[index][2] for of_kind in views)])
+            programs += work.programs
+        # The padding begins after the last program: no program finds it.
+        columns += [[programs] * len(columns[0])] * (b_N - len(columns))
+        tables.append(list(zip(*columns, strict=True)))
+        totals.append(programs)
+    on_host = torch.tensor(tables, dtype=torch.int64, pin_memory=device.type == "cuda")
+    on_device = on_host.to(device, non_blocking=True)
+    groups = [
+        _Group(works[indices[0]], indices[0], programs, table)
+        for indices, programs, table in zip(members.values(), totals, on_device, strict=True)
+    ]
+    return _Batch(groups, list(zip(ends, dtypes, strict=True)), views, b_N)
+
+
+def _tensors(values: tuple) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor)]
