@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,14 @@ from golfmodel.config import Config
 from golfmodel.data.demo import DEMO_TOKENIZER, build_demo_corpus
 from golfmodel.data.shards import find_shards, open_shard, write_shard
 from golfmodel.data.tokenizer import Tokenizer
+
+if not torch.cuda.is_available():
+    # Triton decides at its import whether kernels are compiled or interpreted. Here they are made to be interpreted;
+    # the variable goes again, so that only tests that ask for it run them and all others run as users do.
+    assert "triton" not in sys.modules
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("kernels")
 
 # A check that decides whether a change lands draws the same examples each time; elsewhere every run draws new ones.
 settings.register_profile("ci", derandomize=True)

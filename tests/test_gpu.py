@@ -16,6 +16,7 @@ from golfmodel import pipeline
 from golfmodel.config import Config
 from golfmodel.model.gpt import GPT
 from golfmodel.runtime.compiling import compiled
+from golfmodel.runtime.runlog import read_events
 from golfmodel.runtime.versions import PROJECT_ROOT
 
 pytestmark = pytest.mark.gpu
@@ -120,6 +121,26 @@ def test_the_pipeline_runs_and_a_fresh_process_scores_alike(config):
     again = json.loads(result.stdout)
     assert again["val_bpb"] == pytest.approx(summary["val_bpb"], rel=1e-6)
     assert again["val_bpb_int6"] == pytest.approx(summary["val_bpb_int6"], rel=1e-6)
+
+
+def test_training_with_the_kernels_is_training_with_the_reference(config, tmp_path, monkeypatch):
+    """100 steps each: no loss and no score tells which of the two ran."""
+    losses, scores = {}, {}
+    config = dataclasses.replace(config, iterations=100, qat_enabled=True, document_boundaries=True)
+    for choice in ("auto", "reference"):
+        monkeypatch.setenv("GOLF_KERNELS", choice)
+        torch.compiler.reset()
+        summary = pipeline.run(dataclasses.replace(config, run_id=choice), {})
+        log = Path(config.runs_dir) / choice / "log.jsonl"
+        losses[choice] = torch.tensor([event["train_loss"] for event in read_events(log, "step")])
+        scores[choice] = summary["val_bpb"]
+    assert len(losses["auto"]) == 100
+    assert not torch.equal(losses["auto"], losses["reference"])  # else both ran the same
+    difference = (losses["auto"] - losses["reference"]).abs() / losses["reference"]
+    # Rounding differs from the first step on, by a bfloat16 unit here and there, and training spreads it.
+    assert float(difference[:10].max()) < 2e-3
+    assert float(difference.max()) < 1e-2
+    assert abs(scores["auto"] - scores["reference"]) < 5e-3 * scores["reference"]
 
 
 def test_the_time_limit_holds_though_the_host_runs_ahead(config):

@@ -1,0 +1,375 @@
+"""What "equal" means, and inputs for every op: for tests and benchmarks alike.
+
+The truth is the reference in float64. A kernel passes if `|kernel - truth| <= 2 |eager - truth| + 1 ulp`, where
+eager is the reference in the kernel's own dtypes and an ulp is the spacing of the output's dtype at the truth:
+element by element for lookups and what is rounded once to 16 bits, else in root mean square over all draws of the
+tensor (one of few elements is a noisy sample, so more are drawn). Integers are equal or wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import reference
+from kernels.checks import FLOATS
+
+POOL = 32  # numbers of a result, at least, that a root mean square is taken over: a few are a noisy sample
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class MismatchError(AssertionError):
+    """A result that breaks the error rule; names the op, the tensor and by how much."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Makes the inputs of one draw."""
+
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator  # on the CPU, so that every device gets the same numbers
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None, size: float = 1.0) -> Tensor:
+        """Normal numbers of standard deviation `size`."""
+        values = torch.randn(shape, generator=self.generator) * size
+        return values.to(self.device, dtype or self.dtype)
+
+    def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Whole numbers from `low` up to, not including, `high`."""
+        return torch.randint(low, high, shape, generator=self.generator).to(self.device, dtype)
+
+    def starts(self, *shape: int) -> Tensor:
+        """True for one position in five."""
+        return torch.rand(shape, generator=self.generator).lt(0.2).to(self.device)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op, a way to make its inputs for a shape, and how its results are compared."""
+
+    name: str
+    op: str  # its name in `kernels` and in `kernels.reference`
+    inputs: Callable[..., dict[str, Any]]  # (draw, *shape) -> keyword arguments
+    shapes: Sequence[tuple[int, ...]]  # odd and tiny ones
+    empty: Sequence[tuple[int, ...]]
+    model: tuple[int, ...]  # of the seed's model, 98,304 tokens
+    ranges: Sequence[tuple[int, int]]  # of each dimension, for random shapes
+    dtypes: Sequence[torch.dtype] = FLOATS
+    differentiable: Sequence[str] = ()
+    by_element: Sequence[str] = ()  # outputs ("output", "output 1", "grad x_BTD") compared so if of 16 bits
+    exact: Sequence[str] = ()  # outputs that have one right value: lookups, rounded exact products
+    options: dict[str, Any] = field(default_factory=dict)  # more keyword arguments, none of them tensors
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The public op."""
+        return getattr(kernels, self.op)
+
+    @property
+    def definition(self) -> Callable[..., Any]:
+        """The reference."""
+        return getattr(reference, self.op)
+
+    def draw(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Any]:
+        """Keyword arguments for one call."""
+        generator = torch.Generator().manual_seed(seed)
+        return {**self.inputs(Draw(dtype, device, generator), *shape), **self.options}
+
+
+def _smear_gate(draw: Draw, b: int, t: int, d: int, *, starts: bool) -> dict[str, Any]:
+    inputs = {"x_BTD": draw.normal(b, t, d), "gate_D": draw.normal(d, dtype=_wide(draw.dtype))}
+    return {**inputs, "document_start_BT": draw.starts(b, t)} if starts else inputs
+
+
+def _bigram_hash(draw: Draw, b: int, t: int, k: int, *, starts: bool) -> dict[str, Any]:
+    inputs = {"tokens_BT": draw.integers(-(2**31), 2**31, b, t), "num_buckets": k}
+    return {**inputs, "document_start_BT": draw.starts(b, t)} if starts else inputs
+
+
+def _bigram_hash_embed(draw: Draw, b: int, t: int, k: int, d: int, *, scaled: bool, starts: bool) -> dict[str, Any]:
+    inputs = {"tokens_BT": draw.integers(0, 8, b, t), "table_KD": draw.normal(k, d)}
+    if scaled:
+        inputs["scale"] = draw.normal(dtype=_wide(draw.dtype))
+    return {**inputs, "document_start_BT": draw.starts(b, t)} if starts else inputs
+
+
+def _input_stage(
+    draw: Draw, b: int, t: int, v: int, k: int, d: int, *, bigrams: bool, scaled: bool, starts: bool
+) -> dict[str, Any]:
+    inputs = {
+        "tokens_BT": draw.integers(0, v, b, t),
+        "token_table_VD": draw.normal(v, d, size=0.1),
+        "gate_D": draw.normal(d, dtype=_wide(draw.dtype)),
+    }
+    if bigrams:
+        inputs["bigram_table_KD"] = draw.normal(k, d, size=0.1)
+    if scaled:
+        inputs["scale"] = draw.normal(dtype=_wide(draw.dtype))
+    return {**inputs, "document_start_BT": draw.starts(b, t)} if starts else inputs
+
+
+def _weight(draw: Draw, r: int, c: int) -> dict[str, Any]:
+    return {"weight_RC": draw.normal(r, c, size=0.04)}
+
+
+def _codes_and_scale(draw: Draw, r: int, c: int) -> dict[str, Any]:
+    scale_R = draw.normal(r, dtype=torch.float16).abs()
+    return {"codes": draw.integers(-31, 32, r, c, dtype=torch.int8), "scale": scale_R, "dtype": draw.dtype}
+
+
+def _codes(draw: Draw, r: int, c: int) -> dict[str, Any]:
+    return {"codes_RC": draw.integers(-32, 32, r, c, dtype=torch.int8)}
+
+
+def _packed(draw: Draw, r: int, c: int) -> dict[str, Any]:
+    return {"packed": draw.integers(0, 256, r, 3 * -(-c // 4), dtype=torch.uint8), "num_columns": c}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of the parameters that stay in float32 beside 16-bit activations."""
+    return torch.float32 if dtype in HALVES else dtype
+
+
+_FEW_ROWS = ((1, 1, 1, 2, 1), (2, 2, 3, 4, 127))
+_MANY_ROWS = ((1, 2, 9, 5, 64), (1, 131, 3, 4, 67), (3, 5, 60, 40, 513))
+_MANY_ROWS_RANGES = ((1, 3), (1, 30), (1, 20), (2, 20), (64, 200))
+_MATRICES = {
+    "shapes": ((1, 1), (3, 127), (127, 3), (5, 513), (16, 512), (2, 8200)),
+    "empty": ((0, 4), (4, 0)),
+    "model": (1536, 512),
+    "ranges": ((1, 40), (1, 700)),
+}
+
+CASES: tuple[Case, ...] = (
+    *(
+        Case(
+            name=name,
+            op="smear_gate",
+            inputs=functools.partial(_smear_gate, starts=starts),
+            shapes=((1, 1, 1), (2, 3, 127), (3, 127, 3), (1, 2, 513), (2, 70, 64)),
+            empty=((0, 3, 4), (2, 0, 4), (2, 3, 0)),
+            model=(48, 2048, 512),
+            ranges=((1, 3), (1, 60), (1, 300)),
+            differentiable=("x_BTD", "gate_D"),
+            by_element=("output", "grad x_BTD"),
+        )
+        for name, starts in (("smear_gate", False), ("smear_gate with document starts", True))
+    ),
+    *(
+        Case(
+            name=name,
+            op="bigram_hash",
+            inputs=functools.partial(_bigram_hash, starts=starts),
+            shapes=((1, 1, 2), (3, 127, 3), (2, 513, 2048), (1, 3, 2**31)),
+            empty=((0, 3, 5), (3, 0, 5)),
+            model=(48, 2048, 2048),
+            ranges=((1, 4), (1, 900), (2, 5000)),
+            dtypes=(torch.float32,),
+        )
+        for name, starts in (("bigram_hash", False), ("bigram_hash with document starts", True))
+    ),
+    *(
+        Case(
+            name=name,
+            op="bigram_hash_embed",
+            inputs=functools.partial(_bigram_hash_embed, scaled=scaled, starts=starts),
+            shapes=((1, 1, 2, 1), (2, 3, 7, 127), (3, 127, 5, 3), (1, 5, 4, 513)),
+            empty=((0, 3, 4, 5), (2, 0, 4, 5)),
+            model=(48, 2048, 2048, 512),
+            ranges=((1, 3), (1, 20), (2, 20), (1, 100)),
+            differentiable=("table_KD", "scale") if scaled else ("table_KD",),
+            by_element=("output",),
+            exact=() if scaled else ("output",),
+        )
+        for name, scaled, starts in (
+            ("bigram_hash_embed", True, False),
+            ("bigram_hash_embed without scale", False, False),
+            ("bigram_hash_embed with document starts", False, True),
+        )
+    ),
+    *(
+        Case(
+            name=name,
+            op="input_stage",
+            inputs=functools.partial(_input_stage, bigrams=bigrams, scaled=scaled, starts=starts),
+            shapes=shapes,
+            empty=((0, 3, 4, 5, 6), (2, 0, 4, 5, 6)),
+            model=(48, 2048, 1024, 2048, 512),
+            ranges=ranges,
+            differentiable=(
+                *("token_table_VD", "gate_D"),
+                *(("bigram_table_KD",) if bigrams else ()),
+                *(("scale",) if scaled else ()),
+            ),
+        )
+        for name, bigrams, scaled, starts, shapes, ranges in (
+            # a scale's gradient is one number, so this case takes many draws: of few rows
+            ("input_stage", True, True, False, _FEW_ROWS, ((1, 2), (1, 2), (1, 3), (2, 4), (1, 200))),
+            ("input_stage with document starts", True, False, True, _MANY_ROWS, _MANY_ROWS_RANGES),
+            ("input_stage without bigrams", False, False, False, _MANY_ROWS, _MANY_ROWS_RANGES),
+        )
+    ),
+    Case(name="quantize_int6", op="quantize_int6", inputs=_weight, exact=("output", "output 1"), **_MATRICES),
+    Case(name="dequantize_int6", op="dequantize_int6", inputs=_codes_and_scale, exact=("output",), **_MATRICES),
+    Case(
+        name="fake_quantize_int6",
+        op="fake_quantize_int6",
+        inputs=_weight,
+        differentiable=("weight_RC",),
+        exact=("output", "grad weight_RC"),
+        **_MATRICES,
+    ),
+    Case(
+        name="fake_quantize_int6 to bfloat16",
+        op="fake_quantize_int6",
+        inputs=_weight,
+        dtypes=(torch.float32,),
+        differentiable=("weight_RC",),
+        exact=("output", "grad weight_RC"),
+        options={"dtype": torch.bfloat16},
+        **_MATRICES,
+    ),
+    Case(name="pack_int6", op="pack_int6", inputs=_codes, dtypes=(torch.float32,), **_MATRICES),
+    Case(name="unpack_int6", op="unpack_int6", inputs=_packed, dtypes=(torch.float32,), **_MATRICES),
+)
+
+
+def results(
+    case: Case, function: Callable[..., Any], arguments: dict[str, Any], upstream: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Outputs and gradients of one call by name: "output", "output 1", "grad x_BTD".
+
+    `upstream` are the gradients of the outputs, cast to their dtypes; None for no gradients.
+    """
+    leaves = {name: arguments[name].detach().requires_grad_() for name in case.differentiable} if upstream else {}
+    outputs = function(**{**arguments, **leaves})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    named = {f"output {index}" if index else "output": output.detach() for index, output in enumerate(outputs)}
+    if leaves:
+        grad_outputs = [grad.to(output.dtype) for grad, output in zip(upstream, outputs, strict=True)]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), grad_outputs)
+        named.update({f"grad {name}": grad for name, grad in zip(leaves, gradients, strict=True)})
+    return named
+
+
+def upstream_of(
+    case: Case, arguments: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int
+) -> list[Tensor] | None:
+    """A random gradient for every output, with the numbers that `dtype` has; None where the op has no gradient."""
+    if not case.differentiable:
+        return None
+    output = case.definition(**arguments)
+    draw = Draw(dtype, device, torch.Generator().manual_seed(2**31 + seed))
+    return [draw.normal(*output.shape, dtype=output.dtype)]
+
+
+def check(
+    case: Case,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    function: Callable[..., Any] | None = None,
+    seed: int = 0,
+) -> None:
+    """Holds `function`, the public op by default, to the error rule for inputs of one shape.
+
+    `GOLF_KERNELS` decides what the public op runs.
+
+    Raises:
+        MismatchError: an output or a gradient is too far from the truth, or of another shape or dtype.
+    """
+    function = case.function if function is None else function
+    pools: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    draws, number = 1, 0
+    while number < draws:
+        arguments = case.draw(shape, dtype, device, seed + number)
+        upstream = upstream_of(case, arguments, dtype, device, seed + number)
+        ours = results(case, function, arguments, upstream)
+        eager = results(case, case.definition, arguments, upstream)
+        doubles = {name: _double(value) for name, value in arguments.items()}
+        truth = results(case, case.definition, doubles, upstream)
+        for name, value in ours.items():
+            pools.setdefault(name, []).append((value, eager[name], truth[name]))
+            if value.is_floating_point() and value.numel() and name not in case.exact:
+                draws = max(draws, -(-POOL // value.numel()))
+        number += 1
+    for name, pool in pools.items():
+        label = f"{case.name} {list(shape)} {dtype}: {name}"
+        compare(label, pool, by_element=name in case.by_element and dtype in HALVES, exact=name in case.exact)
+
+
+def compare(
+    name: str, pool: Sequence[tuple[Tensor, Tensor, Tensor]], *, by_element: bool = False, exact: bool = False
+) -> None:
+    """Holds results (kernel, eager, truth) of several draws to the error rule, or kernel and eager to the same bits.
+
+    Raises:
+        MismatchError: they break it; names `name`.
+    """
+    for ours, eager, _ in pool:
+        if (ours.shape, ours.dtype, ours.device) != (eager.shape, eager.dtype, eager.device):
+            found, wanted = ([list(x.shape), x.dtype, x.device] for x in (ours, eager))
+            raise MismatchError(f"{name} is {found}; it must be {wanted}")
+    dtype = pool[0][0].dtype
+    # Triton's interpreter cuts bfloat16 off where hardware rounds: there, one ulp more
+    cut_off = dtype == torch.bfloat16 and _interpreted(pool[0][0])
+    ours, eager, truth = (torch.cat([value.flatten() for value in values]) for values in zip(*pool, strict=True))
+    if not dtype.is_floating_point or (exact and not cut_off):
+        if count := int(((ours != eager) & ~(ours.isnan() & eager.isnan())).sum()):
+            raise MismatchError(f"{name}: {count} of {ours.numel()} differ, and none may")
+        return
+    ours, eager, truth = ours.double(), eager.double(), truth.double()
+    special = ~eager.isfinite()
+    if not torch.equal(ours[special].nan_to_num(), eager[special].nan_to_num()) or not bool(
+        ours[~special].isfinite().all()
+    ):
+        raise MismatchError(f"{name}: NaN or infinity where the reference has none, or the other way round")
+    ours, eager, truth = ours[~special], eager[~special], truth[~special]
+    error, allowed, unit = (ours - truth).abs(), 2 * (eager - truth).abs(), ulp(truth, dtype)
+    if cut_off:
+        unit = 2 * unit
+    if dtype == torch.float64:
+        # Then the truth is as rounded as the kernel. What can be told is that nothing went through float32.
+        unit = torch.full_like(truth, 2.0**-40) * truth.square().mean().sqrt().clamp(min=1e-300)
+    if not (by_element or exact):
+        error, allowed, unit = (x.square().mean().sqrt() for x in (error, allowed, unit))
+    excess = error - (allowed + unit)
+    if bool((excess > 0).any()):
+        worst = int(excess.argmax())
+        raise MismatchError(
+            f"{name}: error {error.flatten()[worst]:.3e} at {worst if error.dim() else 'root mean square'}; twice "
+            f"eager's and one ulp allow {(allowed + unit).flatten()[worst]:.3e}"
+        )
+
+
+def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of `dtype`'s numbers at x (float64), in x's shape."""
+    finfo = torch.finfo(dtype)
+    _, exponent = torch.frexp(x.abs().clamp(min=finfo.smallest_normal, max=finfo.max))
+    return torch.ldexp(torch.full_like(x, finfo.eps), exponent - 1)
+
+
+def random_shapes(case: Case, count: int, seed: int = 0) -> Iterator[tuple[int, ...]]:
+    """Shapes within the case's ranges."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        yield tuple(int(torch.randint(low, high + 1, (), generator=generator)) for low, high in case.ranges)
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _interpreted(tensor: Tensor) -> bool:
+    return tensor.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"

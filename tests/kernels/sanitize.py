@@ -1,0 +1,52 @@
+"""One small case of every Triton kernel, for NVIDIA's checkers of memory accesses and races. Run by hand, on a GPU:
+
+compute-sanitizer --tool memcheck python tests/kernels/sanitize.py
+compute-sanitizer --tool racecheck python tests/kernels/sanitize.py
+
+Each prints how many errors it found at its end; this script fails by itself if a result is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ["GOLF_KERNELS"] = "triton"
+# Each tensor in an allocation of its own, so that a stray access does not land in another tensor's memory.
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import kernels
+from kernels import testing
+
+
+def main() -> None:
+    """Runs every case of `kernels.testing` once, forward and backward, and every list call."""
+    device = torch.device("cuda")
+    for case in testing.CASES:
+        for shape in case.shapes[1:3]:
+            arguments = case.draw(shape, torch.float32, device)
+            upstream = testing.upstream_of(case, arguments, torch.float32, device, seed=0)
+            for name, result in testing.results(case, case.function, arguments, upstream).items():
+                if result.is_floating_point() and not bool(result.isfinite().all()):
+                    raise SystemExit(f"{case.name} {list(shape)}: {name} is not finite")
+        print(case.name, flush=True)
+
+    weights = [torch.randn(shape, device=device) for shape in ((5, 127), (16, 64), (3, 1536))]
+    codes, scales = map(list, zip(*kernels.quantize_int6(weights), strict=True))
+    rounded = kernels.dequantize_int6(codes, scales)
+    packed = kernels.pack_int6(codes)
+    unpacked = kernels.unpack_int6(packed, [weight.shape[1] for weight in weights])
+    if not all(map(torch.equal, rounded, kernels.fake_quantize_int6(weights))):
+        raise SystemExit("fake_quantize_int6 of a list is not what quantize_int6 and dequantize_int6 give")
+    if not all(map(torch.equal, codes, unpacked)):
+        raise SystemExit("unpack_int6 of a list is not what pack_int6 packed")
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()

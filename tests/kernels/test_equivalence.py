@@ -1,0 +1,188 @@
+"""Every op with a Triton kernel, held to its reference by the error rule: interpreted on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernels
+from kernels import dispatch, testing
+from kernels.testing import CASES, Case, MismatchError
+
+pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_outputs")
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+every_dtype = pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, id=f"{case.name.replace(' ', '-')}-{str(dtype)[6:]}")
+        for case in CASES
+        for dtype in case.dtypes
+    ],
+)
+
+
+def bits(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    """Results as integers, so that NaN equals itself and -0 is not 0."""
+    views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {
+        name: tensor.contiguous().view(views[tensor.element_size()]).flatten().tolist()
+        for name, tensor in tensors.items()
+    }
+
+
+def one_draw(case: Case, device: torch.device, dtype: torch.dtype | None = None):
+    """Arguments and upstream gradients of a mid-sized call."""
+    dtype = dtype or case.dtypes[0]
+    arguments = case.draw(case.shapes[1], dtype, device, seed=5)
+    return arguments, testing.upstream_of(case, arguments, dtype, device, seed=5)
+
+
+@every_dtype
+def test_odd_and_tiny_shapes(case, dtype, device):
+    for shape in case.shapes:
+        testing.check(case, shape, dtype, device)
+
+
+@every_dtype
+def test_random_shapes(case, dtype, device):
+    for number, shape in enumerate(testing.random_shapes(case, 3, seed=case.dtypes.index(dtype))):
+        testing.check(case, shape, dtype, device, seed=100 * number)
+
+
+@every_dtype
+def test_empty_tensors(case, dtype, device):
+    for shape in case.empty:
+        testing.check(case, shape, dtype, device)
+
+
+@every_dtype
+def test_compiled_as_one_graph(case, dtype, device, compiled_by_default):
+    testing.check(case, case.shapes[1], dtype, device, function=compiled_by_default(case.function))
+
+
+@every_case
+def test_compiled_equals_eager(case, device, compiled_by_default):
+    arguments, upstream = one_draw(case, device)
+    eager = testing.results(case, case.function, arguments, upstream)
+    assert bits(testing.results(case, compiled_by_default(case.function), arguments, upstream)) == bits(eager)
+
+
+@every_case
+def test_non_contiguous_inputs(case, device):
+    arguments, upstream = one_draw(case, device)
+    expected = testing.results(case, case.function, arguments, upstream)
+
+    def spread(value):
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return value
+        apart = torch.stack((value, value), dim=-1)[..., 0]
+        assert value.numel() < 2 or not apart.is_contiguous()
+        return apart
+
+    arguments = {name: spread(value) for name, value in arguments.items()}
+    upstream = upstream and [spread(gradient) for gradient in upstream]
+    assert bits(testing.results(case, case.function, arguments, upstream)) == bits(expected)
+
+
+@every_case
+def test_transposed_inputs(case, device):
+    arguments, upstream = one_draw(case, device)
+    expected = testing.results(case, case.function, arguments, upstream)
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+            arguments[name] = value.mT.contiguous().mT
+    upstream = upstream and [gradient.mT.contiguous().mT for gradient in upstream]
+    assert bits(testing.results(case, case.function, arguments, upstream)) == bits(expected)
+
+
+@every_case
+def test_a_misaligned_input_changes_nothing(case, device):
+    arguments, upstream = one_draw(case, device)
+    expected = testing.results(case, case.function, arguments, upstream)
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            storage = torch.empty(value.numel() + 1, dtype=value.dtype, device=device)
+            arguments[name] = storage[1:].view(value.shape).copy_(value)
+    assert bits(testing.results(case, case.function, arguments, upstream)) == bits(expected)
+
+
+@every_dtype
+def test_the_same_bits_twice(case, dtype, device):
+    arguments, upstream = one_draw(case, device, dtype)
+    first = bits(testing.results(case, case.function, arguments, upstream))
+    for _ in range(3):
+        assert bits(testing.results(case, case.function, arguments, upstream)) == first
+
+
+@every_case
+def test_inputs_are_left_alone(case, device):
+    arguments, upstream = one_draw(case, device)
+    tensors = [value for value in (*arguments.values(), *(upstream or ())) if isinstance(value, torch.Tensor)]
+    copies = [tensor.clone() for tensor in tensors]
+    testing.results(case, case.function, arguments, upstream)
+    assert all(map(torch.equal, tensors, copies))
+
+
+@every_case
+def test_opcheck(case, device):
+    """The registered op: schema, autograd registration, fake tensors and tracing."""
+    arguments, _ = one_draw(case, device)
+    received = []
+    kernel = dispatch.implementation(case.op, next(v for v in arguments.values() if isinstance(v, torch.Tensor)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dispatch._triton_kernels, case.op, lambda *args, **kwargs: received.append((args, kwargs)))
+        case.function(**arguments)
+    ((args, kwargs),) = received
+    assert not kwargs
+    assert kernel is not None
+    args = [value.detach().requires_grad_() if _trainable(case, value, arguments) else value for value in args]
+    if case.op == "fake_quantize_int6" and args[1] is None:
+        args[1] = args[0].dtype
+    torch.library.opcheck(getattr(torch.ops.golf, case.op).default, tuple(args))
+
+
+def _trainable(case: Case, value: object, arguments: dict) -> bool:
+    return any(value is arguments[name] for name in case.differentiable)
+
+
+@every_case
+def test_a_second_derivative_is_refused(case, device):
+    if not case.differentiable:
+        pytest.skip("not differentiable")
+    arguments, upstream = one_draw(case, device)
+    leaf = arguments[case.differentiable[0]].requires_grad_()
+    (gradient,) = torch.autograd.grad(case.function(**arguments), leaf, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        gradient.sum().backward()
+
+
+def test_every_op_with_a_kernel_has_a_case():
+    with_kernel = set(kernels.__all__) - set(dispatch.without_kernel(kernels.__all__))
+    assert {case.op for case in CASES} == with_kernel
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in {"smear_gate", "quantize_int6"}])
+def test_the_rule_catches_a_wrong_kernel(case, device):
+    """One element off by a few ulp, a result of another dtype, a NaN: each breaks the rule."""
+
+    def off_by(change):
+        def function(**arguments):
+            outputs = case.function(**arguments)
+            return change(outputs) if isinstance(outputs, torch.Tensor) else (change(outputs[0]), *outputs[1:])
+
+        return function
+
+    def nudged(output):
+        step = torch.zeros_like(output)
+        step.view(-1)[0] = 1 if not output.is_floating_point() else 8 * torch.finfo(output.dtype).eps
+        return output + step * (output if output.is_floating_point() else 1)
+
+    def poisoned(output):
+        return output.float() * float("nan")
+
+    shape = case.shapes[0]
+    for change in (nudged, poisoned, lambda output: output.double()):
+        with pytest.raises(MismatchError, match=case.name):
+            testing.check(case, shape, torch.bfloat16, device, function=off_by(change))
+    testing.check(case, shape, torch.bfloat16, device, function=off_by(lambda output: output))
