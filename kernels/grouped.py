@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from kernels.launch import launch, tl, triton
+from kernels.registration import PLAIN
 from kernels.tuning import next_power_of_2
 
 KEPT = 64  # tables kept for the next call on the same matrices
 ALIGNMENT = 16  # bytes: every result starts at a multiple, so that it can be written in the widest words
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @triton.jit
@@ -92,7 +91,7 @@ _batches: dict[tuple, _Batch] = {}
 
 def can_group(tensors: Sequence[Tensor]) -> bool:
     """Whether `run_all` takes these tensors: something that traces needs ops, a CUDA graph no table of pointers."""
-    if torch.compiler.is_compiling() or not all(type(tensor) in _PLAIN for tensor in tensors):
+    if torch.compiler.is_compiling() or not all(type(tensor) in PLAIN for tensor in tensors):
         return False
     return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -110,7 +109,7 @@ def run_all(plan: Callable[..., Work], arguments: list[tuple]) -> list[list[Tens
     """By kind of result, that of every matrix, whose work is `plan(*arguments[i])`; few launches do them all.
 
     The tensors among the arguments are the inputs: contiguous, on one device, of any dtypes. The results of one
-    kind have one dtype and are views of one allocation.
+    kind have one dtype and share one allocation.
     """
     device = arguments[0][0].device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -126,7 +125,12 @@ def run_all(plan: Callable[..., Work], arguments: list[tuple]) -> list[list[Tens
     for work, first, programs, table in batch.groups:
         tensors = (*_tensors(arguments[first]), *flats, table)
         launch(work.kernel, (programs,), tensors, (0, 0), (*work.constants, batch.b_N), num_warps=work.num_warps)
-    return [[flat.as_strided(*view) for view in views] for flat, views in zip(flats, batch.views, strict=True)]
+    return [[_part(flat, *view) for view in views] for flat, views in zip(flats, batch.views, strict=True)]
+
+
+def _part(flat: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], start: int) -> Tensor:
+    """A tensor in the memory of `flat`; no view, so that changing one result leaves autograd's record of the others."""
+    return flat.new_empty(0).set_(flat.untyped_storage(), start, shape, strides)
 
 
 def _prepare(plan: Callable[..., Work], arguments: list[tuple], device: torch.device) -> _Batch:

@@ -24,30 +24,34 @@ from kernels.checks import (
 from kernels.launch import cdiv, compute_dtype, contiguous, launch, tl, triton
 from kernels.registration import register
 from kernels.segment_sum import id_dtype, segment_order, segment_sums, segment_totals
-from kernels.smear_gate import gate_grad
+from kernels.smear_gate import gate_grad, load_mix
 from kernels.tuning import tile
 
 ID_BLOCK = 512
 
 
 @triton.jit
-def load_token(p_tokens, p_start, row, N, T):
-    """The token of a row (int32) and whether a document starts there. Rows outside [0, N) start one."""
+def load_token(p_tokens, p_start, row, N, T, V):
+    """The token of a row (int32), -1 if it is not in [0, V), and whether a document starts there.
+
+    Rows outside [0, N) start one.
+    """
     inside = (row >= 0) & (row < N)
     starts = (row % T == 0) | (inside == 0)
     if p_start is not None:
         starts = starts | (tl.load(p_start + row, mask=starts == 0, other=1) != 0)
-    return tl.load(p_tokens + row, mask=inside, other=0).to(tl.int32), starts
+    token = tl.load(p_tokens + row, mask=inside, other=0)
+    known = (token >= 0) & (token < V)  # before the cast, which keeps the low 32 bits alone
+    return tl.where(known, token.to(tl.int32), -1), starts
 
 
 @triton.jit
 def embedded(
-    token, before, starts, p_token_table, p_bigram_table, scale, V, K, r_D, D: tl.constexpr, COMPUTE: tl.constexpr
+    token, before, starts, p_token_table, p_bigram_table, scale, K, r_D, D: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """e = token_table[token] + scale * pair, pair = bigram_table[bucket]; NaN for a token outside [0, V)."""
+    """e = token_table[token] + scale * pair, pair = bigram_table[bucket]; NaN for token -1."""
     m_D = r_D < D
-    known = (token >= 0) & (token < V)
-    e = tl.load(p_token_table + token.to(tl.int64) * D + r_D, mask=m_D & known, other=float("nan")).to(COMPUTE)
+    e = tl.load(p_token_table + token.to(tl.int64) * D + r_D, mask=m_D & (token >= 0), other=float("nan")).to(COMPUTE)
     e = tl.where(m_D, e, 0)
     pair = tl.zeros_like(e)
     if p_bigram_table is not None:
@@ -65,20 +69,20 @@ def input_stage_fwd_kernel(
     """y = (1 - g) n + g n_before, n = e / rms(e). b_N whole rows a program, each the next one's predecessor."""
     r_D = tl.arange(0, b_D)
     m_D = r_D < D
-    mix = 1 / (1 + tl.exp(-tl.load(p_gate + r_D, mask=m_D, other=0).to(COMPUTE)))
+    mix = load_mix(p_gate, r_D, m_D, COMPUTE)
     scale = 1.0
     if p_scale is not None:
         scale = tl.load(p_scale).to(COMPUTE)
     first = tl.program_id(0).to(N.dtype) * b_N
-    older, _ = load_token(p_tokens, p_start, first - 2, N, T)
-    before, starts = load_token(p_tokens, p_start, first - 1, N, T)
-    e, _ = embedded(before, older, starts, p_token_table, p_bigram_table, scale, V, K, r_D, D, COMPUTE)
+    older, _ = load_token(p_tokens, p_start, first - 2, N, T, V)
+    before, starts = load_token(p_tokens, p_start, first - 1, N, T, V)
+    e, _ = embedded(before, older, starts, p_token_table, p_bigram_table, scale, K, r_D, D, COMPUTE)
     n_before = e * tl.rsqrt(tl.sum(e * e, axis=0) / D + EPS)
     # unrolled, so that the loads of all rows are on their way before the first row is done
     for index in tl.static_range(b_N):
         row = first + index
-        token, starts = load_token(p_tokens, p_start, row, N, T)
-        e, _ = embedded(token, before, starts, p_token_table, p_bigram_table, scale, V, K, r_D, D, COMPUTE)
+        token, starts = load_token(p_tokens, p_start, row, N, T, V)
+        e, _ = embedded(token, before, starts, p_token_table, p_bigram_table, scale, K, r_D, D, COMPUTE)
         n = e * tl.rsqrt(tl.sum(e * e, axis=0) / D + EPS)
         y = (1 - mix) * n + mix * tl.where(starts, 0, n_before)
         tl.store(p_y + row.to(tl.int64) * D + r_D, y.to(p_y.dtype.element_ty), mask=m_D & (row < N))
@@ -94,22 +98,22 @@ def input_stage_bwd_kernel(
     """grad_e of b_N whole rows a program, one after another; their sums of n (grad_after - grad) and <grad_e, pair>."""
     r_D = tl.arange(0, b_D)
     m_D = r_D < D
-    mix = 1 / (1 + tl.exp(-tl.load(p_gate + r_D, mask=m_D, other=0).to(COMPUTE)))
+    mix = load_mix(p_gate, r_D, m_D, COMPUTE)
     scale = 1.0
     if p_scale is not None:
         scale = tl.load(p_scale).to(COMPUTE)
     first = tl.program_id(0).to(N.dtype) * b_N
-    before, _ = load_token(p_tokens, p_start, first - 1, N, T)
-    token, starts = load_token(p_tokens, p_start, first, N, T)
+    before, _ = load_token(p_tokens, p_start, first - 1, N, T, V)
+    token, starts = load_token(p_tokens, p_start, first, N, T, V)
     grad = tl.load(p_grad + first.to(tl.int64) * D + r_D, mask=m_D & (first < N), other=0).to(COMPUTE)
     gate_sums = tl.zeros((b_D,), COMPUTE)
     scale_sums = tl.zeros((b_D,), COMPUTE)
     for index in range(tl.minimum(N - first, b_N).to(tl.int32)):
         row = first + index
-        token_after, starts_after = load_token(p_tokens, p_start, row + 1, N, T)
+        token_after, starts_after = load_token(p_tokens, p_start, row + 1, N, T, V)
         grad_after = tl.load(p_grad + (row + 1).to(tl.int64) * D + r_D, mask=m_D & (row + 1 < N), other=0).to(COMPUTE)
         grad_smeared = tl.where(starts_after, 0, grad_after)
-        e, pair = embedded(token, before, starts, p_token_table, p_bigram_table, scale, V, K, r_D, D, COMPUTE)
+        e, pair = embedded(token, before, starts, p_token_table, p_bigram_table, scale, K, r_D, D, COMPUTE)
         inverse = tl.rsqrt(tl.sum(e * e, axis=0) / D + EPS)
         n = e * inverse
         grad_n = (1 - mix) * grad + mix * grad_smeared
@@ -127,11 +131,10 @@ def input_stage_bwd_kernel(
 def lookup_ids_kernel(p_tokens, p_start, p_id, N, T, V, K, b_N: tl.constexpr):
     """For the order of both tables' gradients: id[n] = token, id[N + n] = V + bucket; V + K, left out, if unknown."""
     row = tl.program_id(0).to(N.dtype) * b_N + tl.arange(0, b_N)
-    token, starts = load_token(p_tokens, p_start, row, N, T)
-    known = (token >= 0) & (token < V)
-    tl.store(p_id + row, tl.where(known, token, V + K).to(p_id.dtype.element_ty), mask=row < N)
+    token, starts = load_token(p_tokens, p_start, row, N, T, V)
+    tl.store(p_id + row, tl.where(token >= 0, token, V + K).to(p_id.dtype.element_ty), mask=row < N)
     if K > 0:
-        before, _ = load_token(p_tokens, p_start, row - 1, N, T)
+        before, _ = load_token(p_tokens, p_start, row - 1, N, T, V)
         bucket = hashed_pair(token, before, starts, K)
         tl.store(p_id + N + row, (V + bucket).to(p_id.dtype.element_ty), mask=row < N)
 
@@ -195,7 +198,9 @@ def _run_backward(
     b_N, b_D, num_warps = tile("input_stage_bwd", channels, token_table_VD.get_device())
     programs = cdiv(rows, b_N)
     wide = torch.promote_types(token_table_VD.dtype, torch.float32)
-    grad_e_ND = token_table_VD.new_empty((rows, channels))
+    # 1 / rms(e) can be thousands before the scale makes up for it: float16 has no room for that
+    half = token_table_VD.dtype == torch.float16
+    grad_e_ND = token_table_VD.new_empty((rows, channels), dtype=wide if half else token_table_VD.dtype)
     gate_sums_PD = token_table_VD.new_empty((programs, channels), dtype=wide)
     scale_sums_P = None if scale is None else token_table_VD.new_empty(programs, dtype=wide)
     tensors = (
@@ -288,17 +293,17 @@ def input_stage(
             (the projection commutes with the lookup); None for no bigram term.
         scale: [] (no dimensions), any of the same dtypes; None for 1.
         document_start_BT: [B, T] bool, true at the first token of each document; None: position 0 alone.
-        eps: added to the mean square.
+        eps: added to the mean square; not negative.
 
     Returns:
         [B, T, D] in the tables' dtype, computed in float32 (float64 for float64). Differentiable in both tables,
-        the gate and the scale. The rows' gradients are kept in the tables' dtype on their way to the tables,
-        where they are summed in float32 and in an order that only the tokens decide.
+        the gate and the scale. The rows' gradients are kept in the tables' dtype (float32 for float16) on
+        their way to the tables, where they are summed in float32 and in an order that only the tokens decide.
 
     Raises:
-        TypeError: an argument is no tensor or its dtype is not one of those above.
-        ValueError: a shape does not fit, K is below 2, D is 0, a scale comes without a bigram table, or the tensors are
-            on different devices.
+        TypeError: an argument is no tensor or its dtype is not one of those above, or eps is no number.
+        ValueError: a shape does not fit, K is below 2, D is 0, eps is negative, a scale comes without a bigram
+            table, or the tensors are on different devices.
 
     Source: the input stage of the parameter-golf records; Zhang and Sennrich 2019, arXiv:1910.07467, for RMS norm.
     """
@@ -321,5 +326,9 @@ def input_stage(
         check_tensor("scale", scale, FLOATS, "")
         check_device("scale", scale, "tokens_BT", tokens_BT)
     check_document_start(document_start_BT, "tokens_BT", tokens_BT)
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, not {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; it must be at least 0")
     stage = dispatch.implementation("input_stage", token_table_VD)
     return stage(tokens_BT, token_table_VD, gate_D, bigram_table_KD, scale, document_start_BT, eps)

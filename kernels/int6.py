@@ -459,7 +459,7 @@ _ALL_AT_ONCE: dict[Callable, Callable] = {
 
 def _for_each(name: str, matrices: Sequence[Tensor], *others: Sequence) -> list | tuple:
     """Op `name` of each of the matrices, with its entries of `others`; in the structure of `matrices`."""
-    if not matrices:
+    if len(matrices) == 0:
         return matrices[:]
     function = dispatch.implementation(name, matrices[0])
     if can_group(matrices) and function in _ALL_AT_ONCE:
@@ -470,7 +470,7 @@ def _for_each(name: str, matrices: Sequence[Tensor], *others: Sequence) -> list 
 
 
 def _is_list(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and (not value or isinstance(value[0], Tensor))
+    return isinstance(value, (list, tuple)) and (len(value) == 0 or isinstance(value[0], Tensor))
 
 
 def _check_matrices(name: str, matrices: Sequence, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -549,7 +549,7 @@ def dequantize_int6(
 
     Returns:
         [R, C] in `dtype`: the exact product (17 bits are enough for it), rounded once. Beyond 65504 float16
-        has only infinity. For a list, a list of such matrices, which may share one piece of memory.
+        has only infinity. Not differentiable. For a list, a list of such matrices, which may share one piece of memory.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -561,9 +561,11 @@ def dequantize_int6(
         _check_list_beside("scale", scale, "codes", codes)
         for index, pair in enumerate(zip(scale, codes, strict=True)):
             _check_scale(f"scale[{index}]", pair[0], f"codes[{index}]", pair[1])
-        return _for_each("dequantize_int6", codes, scale, [dtype] * len(codes))
+        scales = [entry.detach() for entry in scale]
+        return _for_each("dequantize_int6", codes, scales, [dtype] * len(codes))
     check_tensor("codes", codes, (torch.int8,), "RC")
     _check_scale("scale", scale, "codes", codes)
+    scale = scale.detach() if scale.requires_grad else scale
     return dispatch.implementation("dequantize_int6", codes)(codes, scale, dtype)
 
 

@@ -26,6 +26,8 @@ except ModuleNotFoundError:  # a platform without Triton: the kernels are never 
 
     tl = None
 
+MAX_ROWS = 2**30
+
 _compiled: dict[tuple, tuple] = {}
 
 
@@ -42,10 +44,16 @@ def launch(
 
     Triton's own start of a kernel looks at every argument anew, which takes the host longer than the smaller
     kernels run. So what was compiled for these dtypes, constants and 16-byte aligned tensors is kept and started
-    with plain addresses. Launch hooks (`triton.knobs.runtime`) see the first start alone.
+    with plain addresses. Launch hooks (`triton.knobs.runtime`), Triton's own profiler among them, see the first
+    start alone.
+
+    Raises:
+        ValueError: the first size, which counts rows, leaves no room for the last tile in an int32.
     """
     if 0 in grid:
         return
+    if sizes and sizes[0] > MAX_ROWS:
+        raise ValueError(f"{kernel.__name__} was given {sizes[0]} rows; it takes at most {MAX_ROWS}")
     device = tensors[0].get_device()
     if device < 0:
         kernel[grid](*tensors, *sizes, *constants)
@@ -62,7 +70,7 @@ def launch(
         kernel[grid](*tensors, *sizes, *constants, num_warps=num_warps)
         return
     dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-    wide = max(sizes, default=0) >= 2**31  # then Triton takes it as int64
+    wide = tuple([size >= 2**31 for size in sizes])  # those that Triton takes as int64
     key = (id(kernel), device, num_warps, constants, wide, *dtypes)
     kept = _compiled.get(key)
     if kept is None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)  # anything else stands in for a tensor without data, or wraps one
 
 
 def register(
@@ -20,7 +21,7 @@ def register(
     differentiate: Callable | None = None,
     setup_context: Callable | None = None,
 ) -> Callable:
-    """A function with `run`'s arguments, the first of them a tensor, that compiles and differentiates.
+    """A function with `run`'s arguments that compiles and differentiates; `torch.func` transforms are not supported.
 
     A registered op can be compiled, exported, faked and checked (`torch.library.opcheck`), but costs the host
     about 20 us a call; an `autograd.Function` costs 7, and `run` alone nothing. So the op is for tensors that
@@ -53,12 +54,16 @@ def register(
                 return differentiate(ctx, *gradients)
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or type(arguments[0]) not in _PLAIN:
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return op(*arguments)
-        if function is not None and torch.is_grad_enabled():
-            for argument in arguments:
-                if isinstance(argument, Tensor) and argument.requires_grad:
-                    return function.apply(*arguments)
+        wants_gradient = False
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                if type(argument) not in PLAIN:
+                    return op(*arguments)
+                wants_gradient |= argument.requires_grad
+        if wants_gradient and function is not None and torch.is_grad_enabled():
+            return function.apply(*arguments)
         return run(*arguments)
 
     return call

@@ -19,6 +19,12 @@ from kernels.tuning import tile
 BACKWARD_TILES = 32  # tiles a program adds up before it writes its share of the gate's gradient
 
 
+@triton.jit
+def load_mix(p_gate, r_D, m_D, COMPUTE: tl.constexpr):
+    """g = sigmoid(gate) [b_D]."""
+    return 1 / (1 + tl.exp(-tl.load(p_gate + r_D, mask=m_D, other=0).to(COMPUTE)))
+
+
 @triton.jit(do_not_specialize=["N", "T"])
 def smear_gate_fwd_kernel(
     p_x, p_gate, p_start, p_y, N, T, D: tl.constexpr, COMPUTE: tl.constexpr, b_N: tl.constexpr, b_D: tl.constexpr
@@ -38,7 +44,7 @@ def smear_gate_fwd_kernel(
     p_x += base
     x = tl.load(p_x + offsets, mask=m_ND, other=0).to(COMPUTE)
     before = tl.load(p_x - D + offsets, mask=m_ND & ~starts_N[:, None], other=0).to(COMPUTE)
-    mix = 1 / (1 + tl.exp(-tl.load(p_gate + r_D, mask=m_D, other=0).to(COMPUTE)))[None, :]
+    mix = load_mix(p_gate, r_D, m_D, COMPUTE)[None, :]
     y = (1 - mix) * x + mix * before
     tl.store(p_y + base + offsets, y.to(p_y.dtype.element_ty), mask=m_ND)
 
@@ -53,7 +59,7 @@ def smear_gate_bwd_kernel(
     r_D = tl.program_id(1) * b_D + tl.arange(0, b_D)
     m_D = r_D < D
     offsets = r_N[:, None] * D + r_D[None, :]  # [b_N, b_D]
-    mix = 1 / (1 + tl.exp(-tl.load(p_gate + r_D, mask=m_D, other=0).to(COMPUTE)))[None, :]
+    mix = load_mix(p_gate, r_D, m_D, COMPUTE)[None, :]
     sums = tl.zeros((b_N, b_D), COMPUTE)
     begin = tl.program_id(0).to(N.dtype) * TILES * b_N
     for index in range(tl.cdiv(tl.minimum(N - begin, TILES * b_N).to(tl.int32), b_N)):
@@ -84,8 +90,8 @@ def gate_grad_kernel(
     total = tl.zeros((b_P, b_D), COMPUTE)
     for first in range(0, P, b_P):
         m_PD = (r_P < P - first)[:, None] & m_D[None, :]
-        total += tl.load(p_sums + (first + r_P)[:, None] * D + r_D[None, :], mask=m_PD, other=0)
-    mix = 1 / (1 + tl.exp(-tl.load(p_gate + r_D, mask=m_D, other=0).to(COMPUTE)))
+        total += tl.load(p_sums + (first + r_P).to(tl.int64)[:, None] * D + r_D[None, :], mask=m_PD, other=0)
+    mix = load_mix(p_gate, r_D, m_D, COMPUTE)
     grad_gate = mix * (1 - mix) * tl.sum(total, axis=0)
     tl.store(p_grad_gate + r_D, grad_gate.to(p_grad_gate.dtype.element_ty), mask=m_D)
 

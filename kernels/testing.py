@@ -154,7 +154,7 @@ CASES: tuple[Case, ...] = (
             name=name,
             op="smear_gate",
             inputs=functools.partial(_smear_gate, starts=starts),
-            shapes=((1, 1, 1), (2, 3, 127), (3, 127, 3), (1, 2, 513), (2, 70, 64)),
+            shapes=((1, 1, 1), (2, 3, 127), (3, 127, 3), (1, 2, 513), (1, 150, 200)),
             empty=((0, 3, 4), (2, 0, 4), (2, 3, 0)),
             model=(48, 2048, 512),
             ranges=((1, 3), (1, 60), (1, 300)),

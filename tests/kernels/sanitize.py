@@ -24,15 +24,11 @@ from kernels import testing
 
 
 def main() -> None:
-    """Runs every case of `kernels.testing` once, forward and backward, and every list call."""
+    """Holds every case of `kernels.testing` to the error rule at one shape, and calls every op that takes a list."""
     device = torch.device("cuda")
     for case in testing.CASES:
-        for shape in case.shapes[1:3]:
-            arguments = case.draw(shape, torch.float32, device)
-            upstream = testing.upstream_of(case, arguments, torch.float32, device, seed=0)
-            for name, result in testing.results(case, case.function, arguments, upstream).items():
-                if result.is_floating_point() and not bool(result.isfinite().all()):
-                    raise SystemExit(f"{case.name} {list(shape)}: {name} is not finite")
+        for dtype in case.dtypes:
+            testing.check(case, case.shapes[-1], dtype, device)
         print(case.name, flush=True)
 
     weights = [torch.randn(shape, device=device) for shape in ((5, 127), (16, 64), (3, 1536))]

@@ -109,10 +109,15 @@ def test_a_misaligned_input_changes_nothing(case, device):
 
 @every_dtype
 def test_the_same_bits_twice(case, dtype, device):
-    arguments, upstream = one_draw(case, device, dtype)
-    first = bits(testing.results(case, case.function, arguments, upstream))
+    """As users run it: not where PyTorch's own ops are made deterministic. On a GPU with programs enough to race."""
+    torch.use_deterministic_algorithms(False)
+    shape = case.model if device.type == "cuda" else case.shapes[-1]
+    arguments = case.draw(shape, dtype, device, seed=5)
+    upstream = testing.upstream_of(case, arguments, dtype, device, seed=5)
+    first = testing.results(case, case.function, arguments, upstream)
     for _ in range(3):
-        assert bits(testing.results(case, case.function, arguments, upstream)) == first
+        for name, again in testing.results(case, case.function, arguments, upstream).items():
+            assert torch.equal(again.nan_to_num(), first[name].nan_to_num()), name
 
 
 @every_case

@@ -1,17 +1,61 @@
 from __future__ import annotations
 
-import math
-
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from kernels import reference
+from kernels.checks import INTEGERS
 
 EPS = 2.0**-23
 
-pytestmark = pytest.mark.usefixtures("every_implementation")
+on_every_implementation = pytest.mark.usefixtures("every_implementation")
+with_and_without_bigrams = pytest.mark.parametrize(
+    ("bigrams", "scaled", "with_starts"),
+    [(False, False, False), (False, False, True), (True, False, True), (True, True, False), (True, True, True)],
+)
+
+
+def make(shape, dtype=torch.float32, device="cpu", seed=0, *, bigrams=True, scaled=True, with_starts=True):
+    """The arguments for B, T, V, K, D, by name; gate and scale in at least float32."""
+    b, t, v, k, d = shape
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(*sizes):
+        return torch.randn(sizes, generator=generator)
+
+    arguments = {
+        "tokens_BT": torch.randint(0, v, (b, t), generator=generator),
+        "token_table_VD": (0.1 * normal(v, d)).to(dtype),
+        "gate_D": normal(d).to(wide),
+        "bigram_table_KD": (0.1 * normal(k, d)).to(dtype) if bigrams else None,
+        "scale": torch.tensor(0.7, dtype=wide) if scaled else None,
+        "document_start_BT": torch.rand((b, t), generator=generator).lt(0.3) if with_starts else None,
+    }
+    return {name: value if value is None else value.to(device) for name, value in arguments.items()}
+
+
+def trainable(arguments):
+    """The same with its floating tensors as leaves, and a list of these."""
+    arguments = {
+        name: value.detach().clone().requires_grad_() if value is not None and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+    return arguments, [value for value in arguments.values() if value is not None and value.requires_grad]
+
+
+def with_gradients(arguments, upstream):
+    """The result of a call and the gradients of all that has one."""
+    arguments, leaves = trainable(arguments)
+    y = kernels.input_stage(**arguments)
+    return y.detach(), *torch.autograd.grad(y, leaves, upstream)
+
+
+def numbers(tensor):
+    return tensor.detach().cpu().to(torch.float64).numpy()
 
 
 def wrap(value):
@@ -19,156 +63,460 @@ def wrap(value):
     return (value + 2**31) % 2**32 - 2**31
 
 
-def slow_input_stage(tokens, table, gate, bigrams=None, scale=1.0, starts=None):
-    """The equation, position by position, in Python floats."""
-    width, rows = len(gate), []
-    for b, row in enumerate(tokens):
-        normed = []
-        for i, token in enumerate(row):
-            begins = i == 0 or (starts is not None and starts[b][i])
-            e = list(table[token])
-            if bigrams is not None:
-                last = len(bigrams) - 1
-                bucket = last if begins else (wrap(36313 * token) ^ wrap(27191 * row[i - 1])) % last
-                e = [x + scale * y for x, y in zip(e, bigrams[bucket], strict=True)]
-            root = math.sqrt(sum(x * x for x in e) / width + EPS)
-            normed.append(([x / root for x in e], begins))
-        mix = [1 / (1 + math.exp(-g)) for g in gate]
-        zeros = [0.0] * width
-        rows.append(
-            [
-                [(1 - g) * x + g * y for g, x, y in zip(mix, n, zeros if begins else normed[i - 1][0], strict=True)]
-                for i, (n, begins) in enumerate(normed)
-            ]
-        )
-    return torch.tensor(rows, dtype=torch.float64)
+def slow_input_stage(tokens_BT, token_table_VD, gate_D, bigram_table_KD, scale, document_start_BT):
+    """The equation, position by position in float64; also the size that its rounding errors scale with."""
+    token_table, gate = numbers(token_table_VD), numbers(gate_D)
+    channels = token_table.shape[1]
+    factor = 1.0 if scale is None else scale.item()
+    g = 1 / (1 + np.exp(-gate))
+    y = np.zeros((*tokens_BT.shape, channels))
+    size = np.zeros_like(y)
+    for b, tokens in enumerate(tokens_BT.tolist()):
+        for i, token in enumerate(tokens):
+            starts = i == 0 or (document_start_BT is not None and bool(document_start_BT[b, i]))
+            e, terms = token_table[token], abs(token_table[token])
+            if bigram_table_KD is not None:
+                buckets = len(bigram_table_KD)
+                bucket = buckets - 1
+                if not starts:
+                    bucket = (wrap(36313 * token) ^ wrap(27191 * tokens[i - 1])) % (buckets - 1)
+                pair = factor * numbers(bigram_table_KD)[bucket]
+                e, terms = e + pair, terms + abs(pair)
+            inverse = 1 / np.sqrt((e * e).sum() / channels + EPS)
+            n = e * inverse
+            # e is good to a unit of its terms, each of its squares is too; a sum of D is off by D / 2 units at
+            # most and the root halves that; the quotient and the root itself are good to 4 units.
+            blur = np.sqrt((terms * terms).mean()) * inverse
+            n_size = terms * inverse + abs(n) * (channels / 4 + 4 + blur)
+            if starts:
+                n_before, n_size_before = np.zeros_like(n), np.zeros_like(n)
+            y[b, i] = (1 - g) * n + g * n_before
+            # g is good to 4 units and so is 1 - g (absolutely), products and sum to half a unit each
+            size[b, i] = 5 * (abs(n) + g * abs(n_before)) + (1 - g) * n_size + g * n_size_before
+            n_before, n_size_before = n, n_size
+    return torch.from_numpy(y), torch.from_numpy(size)
 
 
-def make(batch, time, vocabulary, buckets, width, dtype=torch.float32, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    tokens = torch.randint(0, vocabulary, (batch, time), generator=generator).to(device)
-    starts = torch.rand((batch, time), generator=generator).lt(0.3).to(device)
-    return tokens, normal(vocabulary, width), normal(width), normal(buckets, width), normal(), starts
-
-
+@on_every_implementation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("with_starts", [False, True])
-@pytest.mark.parametrize("bigrams", ["none", "unscaled", "scaled"])
-def test_follows_the_equation(bigrams, with_starts, dtype, device):
-    tokens, table, gate, pairs, scale, starts = make(2, 9, 5, 4, 7, dtype, device)
-    starts = starts if with_starts else None
-    pairs = None if bigrams == "none" else pairs
-    scale = scale if bigrams == "scaled" else None
-    y = kernels.input_stage(tokens, table, gate, pairs, scale, starts, eps=EPS)
-    expected = slow_input_stage(
-        tokens.tolist(),
-        table.tolist(),
-        gate.tolist(),
-        None if pairs is None else pairs.tolist(),
-        1.0 if scale is None else scale.item(),
-        None if starts is None else starts.tolist(),
-    )
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2, 1), (2, 5, 4, 3, 127), (2, 11, 6, 9, 3), (1, 3, 2, 2, 513)])
+@with_and_without_bigrams
+def test_follows_the_equation(shape, dtype, bigrams, scaled, with_starts, device):
+    arguments = make(shape, dtype, device, bigrams=bigrams, scaled=scaled, with_starts=with_starts)
+    y = kernels.input_stage(**arguments)
+    assert y.shape == (*shape[:2], shape[4])
     assert y.dtype == dtype
-    # An element is at most sqrt(7) after the norm; some ten roundings of that size in the computing dtype.
-    torch.testing.assert_close(y.cpu().double(), expected, rtol=0, atol=30 * torch.finfo(dtype).eps)
+    truth, size = slow_input_stage(**arguments)
+    # in float64 the truth is rounded as often as the result
+    units = 2 if dtype == torch.float64 else 1
+    assert bool(((y.cpu().double() - truth).abs() <= units * torch.finfo(dtype).eps * size).all())
 
 
+@on_every_implementation
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 10.0])
+def test_eps_is_added_to_the_mean_square(eps, device):
+    arguments = make((1, 1, 1, 2, 2), torch.float64, device, bigrams=False, scaled=False)
+    arguments["token_table_VD"] = torch.tensor([[3.0, -4.0]], dtype=torch.float64, device=device)
+    arguments["gate_D"] = torch.zeros(2, dtype=torch.float64, device=device)
+    y = kernels.input_stage(**arguments, eps=eps)
+    expected = np.array([3.0, -4.0]) / 2 / np.sqrt(12.5 + eps)
+    np.testing.assert_allclose(numbers(y)[0, 0], expected, rtol=1e-14)
+
+
+@on_every_implementation
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integer_dtypes(dtype, device):
+    arguments = make((2, 7, 100, 9, 4), device=device)
+    expected = kernels.input_stage(**arguments)
+    arguments["tokens_BT"] = arguments["tokens_BT"].to(dtype)
+    assert torch.equal(kernels.input_stage(**arguments), expected)
+
+
+@on_every_implementation
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5, 6), (2, 0, 4, 5, 6)])
+def test_empty(shape, device):
+    arguments, leaves = trainable(make(shape, device=device))
+    y = kernels.input_stage(**arguments)
+    y.sum().backward()
+    assert y.shape == (*shape[:2], 6)
+    assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)
+
+
+@pytest.mark.parametrize(("bigrams", "scaled"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("with_starts", [False, True])
-def test_gradients_of_the_definition(with_starts, device):
-    tokens, *floats, starts = make(2, 5, 4, 3, 3, torch.float64, device)
-    floats = [tensor.requires_grad_() for tensor in floats]
-    starts = starts if with_starts else None
-    assert torch.autograd.gradcheck(lambda *floats: reference.input_stage(tokens, *floats, starts), floats)
+def test_gradients(bigrams, scaled, with_starts, device):
+    arguments = make((2, 5, 3, 4, 3), torch.float64, device, bigrams=bigrams, scaled=scaled, with_starts=with_starts)
+    arguments, leaves = trainable(arguments)
+    names = [name for name, value in arguments.items() if value is not None and value.requires_grad]
+    assert torch.autograd.gradcheck(
+        lambda *values: reference.input_stage(**{**arguments, **dict(zip(names, values, strict=True))}), leaves
+    )
 
 
+@on_every_implementation
 def test_a_document_start_hears_nothing_from_before(device):
-    tokens, table, gate, pairs, scale, _ = make(1, 6, 5, 4, 8, device=device)
-    starts = torch.tensor([[False, False, False, True, False, False]], device=device)
-    tokens[0, 2] = 4
-    tokens[0, 3:] = torch.tensor([1, 2, 3])
-    table[4] = math.nan
-    y = kernels.input_stage(tokens, table, gate, pairs, scale, starts)
-    assert y[0, 2].isnan().all()
-    assert torch.equal(y[:, 3:], kernels.input_stage(tokens[:, 3:], table, gate, pairs, scale))
+    arguments = make((1, 5, 6, 9, 4), device=device)
+    arguments["document_start_BT"] = torch.tensor([[False, False, True, False, False]], device=device)
+    for tokens in ([3, 4, 0, 1, 2], [5, 3, 0, 1, 2]):
+        arguments["tokens_BT"] = torch.tensor([tokens], device=device)
+        for table in ("token_table_VD", "bigram_table_KD"):
+            arguments[table] = arguments[table].detach().requires_grad_()
+        y = kernels.input_stage(**arguments)
+        later = {name: arguments[name][:, 2:] for name in ("tokens_BT", "document_start_BT")}
+        assert torch.equal(y[:, 2:], kernels.input_stage(**{**arguments, **later}))
+        grad_tokens, grad_pairs = torch.autograd.grad(
+            y[0, 2:].sum(), (arguments["token_table_VD"], arguments["bigram_table_KD"])
+        )
+        assert torch.equal(grad_tokens[3:], torch.zeros_like(grad_tokens[3:]))
+        # three pairs: the start's, and two that no token before it has a part in
+        buckets = {8} | {(wrap(36313 * token) ^ wrap(27191 * before)) % 8 for before, token in ((0, 1), (1, 2))}
+        assert set(grad_pairs.abs().sum(dim=1).nonzero().flatten().tolist()) == buckets
 
 
-def test_an_unknown_token_gives_nan_and_no_stray_read(device, triton_kernels):
-    tokens, table, gate, pairs, scale, starts = make(1, 6, 5, 4, 8, device=device)
-    starts.zero_()
-    starts[0, 5] = True
-    for unknown in (-1, 5, 2**31 - 1, -(2**31)):
-        tokens[0] = torch.tensor([0, 1, unknown, 2, unknown, 3])
-        y = kernels.input_stage(tokens, table, gate, pairs, scale, starts)
-        # its own row and the one it is smeared into; a document start takes nothing over
-        assert y.isnan().all(dim=2)[0].tolist() == [False, False, True, True, True, False]
-        assert y[0, [0, 1, 5]].isfinite().all()
-        leaf = table.clone().requires_grad_()
-        kernels.input_stage(tokens, leaf, gate, None, None, starts).nan_to_num().sum().backward()
-        assert leaf.grad.shape == table.shape
+@on_every_implementation
+def test_the_first_row_of_a_sequence_hears_nothing_from_the_one_before(device):
+    arguments = make((3, 4, 6, 9, 5), device=device, with_starts=False)
+    y = kernels.input_stage(**arguments)
+    for b in range(3):
+        alone = kernels.input_stage(**{**arguments, "tokens_BT": arguments["tokens_BT"][b : b + 1]})
+        assert torch.equal(y[b : b + 1], alone)
 
 
-def test_a_frequent_token_gets_the_sum_over_all_its_places(device):
-    """More places than one program sums, in a table with rows that nobody looks up."""
-    time = 300
-    tokens = torch.full((1, time), 2, device=device)
-    _, table, gate, *_ = make(1, 1, 5, 3, 16, device=device)
-    table.requires_grad_()
-    upstream = torch.randn(1, time, 16, device=device)
-    (gradient,) = torch.autograd.grad(kernels.input_stage(tokens, table, gate), table, upstream)
-    doubles = table.detach().double().requires_grad_()
-    expected = torch.autograd.grad(reference.input_stage(tokens, doubles, gate.double()), doubles, upstream.double())[0]
-    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(gradient[[0, 1, 3, 4]], torch.zeros_like(gradient[[0, 1, 3, 4]]))
+OUTSIDE = (6, -1, 2**31 - 1, -(2**31))  # of a vocabulary of 6
 
 
-def test_parameters_may_have_another_dtype_than_the_tables(device):
-    tokens, table, gate, pairs, scale, starts = make(2, 5, 5, 4, 8, torch.bfloat16, device)
-    y = kernels.input_stage(tokens, table, gate.float(), pairs, scale.float(), starts)
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(y, kernels.input_stage(tokens, table, gate, pairs, scale, starts))
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("token", OUTSIDE)
+@pytest.mark.parametrize("bigrams", [False, True])
+@pytest.mark.parametrize("started_after", [False, True])
+def test_a_token_outside_gives_nan_in_its_own_row(token, bigrams, started_after, device):
+    arguments = make((2, 9, 6, 5, 3), device=device, bigrams=bigrams, scaled=bigrams, with_starts=False)
+    arguments["tokens_BT"][0, 4] = token
+    arguments["document_start_BT"] = torch.zeros((2, 9), dtype=torch.bool, device=device)
+    arguments["document_start_BT"][0, 5] = started_after
+    expected = torch.zeros((2, 9, 3), dtype=torch.bool)
+    expected[0, 4] = True
+    expected[0, 5] = not started_after
+    assert torch.equal(kernels.input_stage(**arguments).isnan().cpu(), expected)
 
 
-def test_fake_tensors(device):
-    with FakeTensorMode(), device:
-        tokens = torch.empty(2, 5, dtype=torch.int32)
-        table = torch.empty(9, 4, dtype=torch.float16)
-        y = kernels.input_stage(tokens, table, torch.empty(4), torch.empty(3, 4, dtype=torch.float16), torch.empty(()))
-    assert (y.shape, y.dtype) == ((2, 5, 4), torch.float16)
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("token", [2**32 + 3, -(2**32) + 3, 2**32])
+def test_a_token_beyond_32_bits_gives_nan(token, device):
+    arguments = make((1, 3, 6, 5, 3), device=device)
+    arguments["tokens_BT"][0, 2] = token
+    assert bool(kernels.input_stage(**arguments)[0, 2].isnan().all())
 
 
-TOKENS, TABLE, GATE, PAIRS, SCALE, STARTS = make(2, 3, 5, 4, 6)
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("token", OUTSIDE)
+def test_a_token_outside_has_no_part_in_the_gradient_of_the_token_table(token, device):
+    arguments = make((2, 9, 6, 5, 3), device=device, bigrams=False, scaled=False)
+    arguments["tokens_BT"] %= 5
+    upstream = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(1)).to(device)
+    gradients = []
+    for stand_in in (5, token):  # row 5 is the stand-in's alone
+        arguments["tokens_BT"][0, 4] = stand_in
+        gradients.append(with_gradients(arguments, upstream)[1])
+    assert bool(gradients[0][5].any())
+    assert torch.equal(gradients[1][:5], gradients[0][:5])
+    assert gradients[1][5].tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.usefixtures("every_implementation")
+def test_float16_gradients_have_room_on_their_way_to_the_tables(device):
+    # 1 / rms(e) is about 1,000 here: a float16 gradient of e would be infinite, its product with the scale is not.
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 6, (2, 40), generator=generator).to(device)
+    table, bigrams = (torch.randn(n, 16, generator=generator).mul(1e-3).half().to(device) for n in (6, 5))
+    gate, scale = torch.zeros(16, device=device), torch.tensor(0.05, device=device)
+    bigrams.requires_grad_()
+    y = kernels.input_stage(tokens, table, gate, bigrams, scale)
+    upstream = torch.randn(y.shape, generator=generator).mul(90).to(y)
+    (gradient,) = torch.autograd.grad(y, bigrams, upstream)
+    assert bool(gradient.isfinite().all())
+    assert bool(gradient.any())
+
+
+@pytest.mark.usefixtures("every_implementation")
+def test_a_vocabulary_of_words(device):
+    """More ids than an int16 holds, and more than one block of the kernel that shares out the work."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 40_000, (2, 9), generator=generator).to(device)
+    table, bigrams = (torch.randn(n, 4, generator=generator).to(device).requires_grad_() for n in (40_000, 5_000))
+    gate = torch.randn(4, generator=generator).to(device)
+    upstream = torch.randn(2, 9, 4, generator=generator).to(device)
+    ours = torch.autograd.grad(kernels.input_stage(tokens, table, gate, bigrams), (table, bigrams), upstream)
+    expected = torch.autograd.grad(reference.input_stage(tokens, table, gate, bigrams), (table, bigrams), upstream)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
+    ("eps", "error", "message"),
+    [("x", TypeError, "eps must be a number, not str"), (-1.0, ValueError, "eps is -1.0; it must be at least 0")],
+)
+def test_bad_eps(eps, error, message, device):
+    with pytest.raises(error, match=message):
+        kernels.input_stage(**{**make((1, 2, 3, 4, 5), device=device), "eps": eps})
+
+
+def same_token_gradient(row, gate, upstream):
+    """d<upstream, y> / d row, where every position looks up `row`, no bigrams: the sum over all positions."""
+    g = 1 / (1 + np.exp(-gate))
+    inverse = 1 / np.sqrt((row * row).mean() + EPS)
+    total = np.zeros_like(row)
+    for i, gradient in enumerate(upstream):
+        after = upstream[i + 1] if i + 1 < len(upstream) else np.zeros_like(row)
+        grad_n = (1 - g) * gradient + g * after
+        n = row * inverse
+        total += inverse * (grad_n - n * (grad_n * n).mean())
+    return total
+
+
+@on_every_implementation
+@pytest.mark.parametrize("count", [1, 64, 65, 130])
+def test_the_gradient_of_a_row_is_the_sum_over_its_occurrences(count, device):
+    arguments = make((1, count, 3, 2, 5), torch.float64, device, bigrams=False, scaled=False, with_starts=False)
+    arguments["tokens_BT"].fill_(1)
+    upstream = torch.randn(1, count, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    _, gradient, _ = with_gradients(arguments, upstream.to(device))
+    row, gate = numbers(arguments["token_table_VD"])[1], numbers(arguments["gate_D"])
+    truth = same_token_gradient(row, gate, upstream[0].numpy())
+    # a few roundings of numbers that come to 10 / |row| a position at most
+    assert np.abs(numbers(gradient)[1] - truth).max() <= 1e-13 * count / np.abs(row).max()
+    assert np.abs(truth).max() > 0.1
+
+
+@on_every_implementation
+def test_the_gradient_of_a_bucket_is_the_sum_over_its_occurrences(device):
+    """70 positions of one token; a document starts at each, so all take the last bucket and hear nothing."""
+    arguments = make((1, 70, 3, 4, 5), torch.float64, device)
+    arguments["tokens_BT"].fill_(1)
+    arguments["document_start_BT"].fill_(True)
+    upstream = torch.randn(1, 70, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    _, grad_tokens, _, grad_pairs, grad_scale = with_gradients(arguments, upstream.to(device))
+    pair, factor = numbers(arguments["bigram_table_KD"])[3], arguments["scale"].item()
+    row = numbers(arguments["token_table_VD"])[1] + factor * pair
+    gate = numbers(arguments["gate_D"])
+    kept = upstream[0].numpy() / (1 + np.exp(gate))  # (1 - g) upstream, as if there were no gate
+    truth = same_token_gradient(row, np.full(5, -700.0), kept)
+    bound = 1e-13 * 70 / np.abs(row).max()
+    assert np.abs(numbers(grad_tokens)[1] - truth).max() <= bound
+    assert np.abs(numbers(grad_pairs)[3] - factor * truth).max() <= bound
+    assert abs(grad_scale.item() - (truth * pair).sum()) <= bound
+    assert not grad_pairs[:3].any()
+
+
+@on_every_implementation
+def test_the_gradient_of_a_16_bit_table_is_summed_in_float32(device):
+    """400 times the same gradient: in bfloat16, their sum would be off by a sixth and more."""
+    arguments = make((1, 400, 2, 2, 4), torch.bfloat16, device, bigrams=False, scaled=False)
+    arguments["tokens_BT"].fill_(0)
+    arguments["document_start_BT"].fill_(True)
+    upstream = torch.tensor([1.0, -2.0, 3.0, 0.5], device=device).bfloat16().expand(1, 400, 4)
+    _, all_of_them, _ = with_gradients(arguments, upstream)
+    for name in ("tokens_BT", "document_start_BT"):
+        arguments[name] = arguments[name][:, :1]
+    _, one_of_them, _ = with_gradients(arguments, upstream[:, :1])
+    ratio = numbers(all_of_them)[0] / numbers(one_of_them)[0]
+    # three roundings to bfloat16, two of them where a result is, which Triton's interpreter cuts off
+    assert np.abs(ratio / 400 - 1).max() <= 3 * torch.finfo(torch.bfloat16).eps
+
+
+@on_every_implementation
+@pytest.mark.usefixtures("poisoned_outputs")
+def test_rows_that_are_never_looked_up_get_no_gradient(device):
+    arguments = make((2, 30, 40, 50, 3), device=device)
+    arguments["tokens_BT"] = arguments["tokens_BT"] % 2 * 7 + 11
+    upstream = torch.tensor([1.0, -2.0, 3.0], device=device).expand(2, 30, 3)
+    _, grad_tokens, _, grad_pairs, _ = with_gradients(arguments, upstream)
+    pairs = [(before, token) for before in (11, 18) for token in (11, 18)]
+    buckets = {49} | {(wrap(36313 * token) ^ wrap(27191 * before)) % 49 for before, token in pairs}
+    for gradient, used in ((grad_tokens, {11, 18}), (grad_pairs, buckets)):
+        for row, values in enumerate(gradient.tolist()):
+            assert (values == [0.0, 0.0, 0.0]) == (row not in used)
+
+
+@on_every_implementation
+def test_the_same_bits_twice(device):
+    arguments = make((1, 90, 2, 3, 33), device=device)
+    arguments["tokens_BT"][:, 10:] = 1  # more than 64 times
+    upstream = torch.randn(1, 90, 33, generator=torch.Generator().manual_seed(1)).to(device)
+    assert all(map(torch.equal, *(with_gradients(arguments, upstream) for _ in range(2))))
+
+
+@on_every_implementation
+@pytest.mark.parametrize(
+    ("gate_dtype", "scale_dtype"),
+    [(torch.float32, torch.float32), (torch.float64, torch.bfloat16), (torch.bfloat16, torch.float64)],
+)
+def test_gate_and_scale_may_have_other_dtypes(gate_dtype, scale_dtype, device):
+    arguments = make((2, 5, 4, 5, 8), torch.bfloat16, device)
+    # numbers that every dtype has
+    arguments["gate_D"] = arguments["gate_D"].bfloat16().to(gate_dtype)
+    arguments["scale"] = torch.tensor(0.75, dtype=scale_dtype, device=device)
+    upstream = torch.ones((2, 5, 8), dtype=torch.bfloat16, device=device)
+    y, grad_tokens, grad_gate, grad_pairs, grad_scale = with_gradients(arguments, upstream)
+    dtypes = [tensor.dtype for tensor in (y, grad_tokens, grad_gate, grad_pairs, grad_scale)]
+    assert dtypes == [torch.bfloat16, torch.bfloat16, gate_dtype, torch.bfloat16, scale_dtype]
+    floats = {name: value.float() if value.is_floating_point() else value for name, value in arguments.items()}
+    y_float, _, grad_gate_float, _, grad_scale_float = with_gradients(floats, upstream.float())
+    # rounded once at the end: half a unit, or a whole one where it is cut off
+    unit = torch.finfo(torch.bfloat16).eps
+    assert bool(((y.float() - y_float).abs() <= unit * y_float.abs()).all())
+    torch.testing.assert_close(grad_gate.float(), grad_gate_float, rtol=unit, atol=1e-5)
+    # the reference rounds no gradient on its way to the scale, and neither do the kernels
+    torch.testing.assert_close(grad_scale.float(), grad_scale_float, rtol=unit, atol=1e-5)
+
+
+@on_every_implementation
+def test_non_contiguous_inputs(device):
+    arguments = make((3, 7, 6, 9, 5), device=device)
+    expected = kernels.input_stage(**arguments)
+    for name, value in arguments.items():
+        if value.dim():
+            arguments[name] = torch.stack((value, value), dim=-1)[..., 0]
+            assert not arguments[name].is_contiguous()
+    assert torch.equal(kernels.input_stage(**arguments), expected)
+
+
+@on_every_implementation
+def test_inputs_are_left_alone(device):
+    arguments = make((2, 7, 6, 9, 5), device=device)
+    copies = [value.clone() for value in arguments.values()]
+    with_gradients(arguments, torch.ones(2, 7, 5, device=device))
+    assert all(map(torch.equal, arguments.values(), copies))
+
+
+@on_every_implementation
+@pytest.mark.parametrize(
+    ("dtype", "bigrams", "scaled", "with_starts"),
+    [
+        (torch.float32, False, False, False),
+        (torch.float32, True, True, True),
+        (torch.bfloat16, True, False, True),
+    ],
+)
+def test_compiled_equals_eager(dtype, bigrams, scaled, with_starts, device, compiled):
+    arguments = make((2, 7, 6, 9, 5), dtype, device, bigrams=bigrams, scaled=scaled, with_starts=with_starts)
+    upstream = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    results = []
+    for function in (kernels.input_stage, compiled(kernels.input_stage)):
+        fresh, leaves = trainable(arguments)
+        y = function(**fresh)
+        results.append((y, *torch.autograd.grad(y, leaves, upstream)))
+    assert all(map(torch.equal, *results))
+
+
+@on_every_implementation
+def test_fake_tensors():
+    with FakeTensorMode():
+        tokens = torch.empty(2, 3, dtype=torch.int32)
+        tables = [torch.empty(rows, 4, dtype=torch.bfloat16) for rows in (7, 5)]
+        alone = kernels.input_stage(tokens, tables[0], torch.empty(4))
+        starts = torch.empty(2, 3, dtype=torch.bool)
+        y = kernels.input_stage(tokens, tables[0], torch.empty(4), tables[1], torch.empty(()), starts)
+    assert (alone.shape, alone.dtype) == ((2, 3, 4), torch.bfloat16)
+    assert (y.shape, y.dtype) == ((2, 3, 4), torch.bfloat16)
+
+
+TOKENS, TABLE, GATE, PAIRS, SCALE, STARTS = make((2, 3, 7, 5, 4)).values()
+
+
+@on_every_implementation
+@pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((TOKENS.float(), TABLE, GATE), TypeError, "tokens_BT is torch.float32"),
+        (([[1]], TABLE, GATE), TypeError, "tokens_BT must be a tensor, not list"),
+        ((TOKENS.float(), TABLE, GATE), TypeError, "tokens_BT is torch.float32; it may be torch.int64 or"),
+        ((TOKENS.bool(), TABLE, GATE), TypeError, "tokens_BT is torch.bool; it may be torch.int64 or"),
         ((TOKENS[0], TABLE, GATE), ValueError, r"tokens_BT has shape \[3\]; it must be \[B, T\]"),
-        ((TOKENS, TABLE.int(), GATE), TypeError, "token_table_VD is torch.int32"),
-        ((TOKENS, TABLE[0], GATE), ValueError, r"token_table_VD has shape \[6\]; it must be \[V, D\]"),
+        ((TOKENS.to("meta"), TABLE, GATE), ValueError, "token_table_VD is on cpu; it must be on meta, as tokens_BT is"),
+        ((TOKENS, None, GATE), TypeError, "token_table_VD must be a tensor, not NoneType"),
+        ((TOKENS, TABLE.int(), GATE), TypeError, "token_table_VD is torch.int32; it may be torch.float32 or"),
+        ((TOKENS, TABLE[0], GATE), ValueError, r"token_table_VD has shape \[4\]; it must be \[V, D\]"),
         (
             (TOKENS, TABLE[:, :0], GATE[:0]),
             ValueError,
             "token_table_VD's number of columns is 0; it must be at least 1",
         ),
-        ((TOKENS, TABLE.to("meta"), GATE), ValueError, "token_table_VD is on meta; it must be on cpu"),
+        ((TOKENS, TABLE.to("meta"), GATE), ValueError, "token_table_VD is on meta; it must be on cpu, as tokens_BT is"),
         ((TOKENS, TABLE, 0.5), TypeError, "gate_D must be a tensor, not float"),
-        ((TOKENS, TABLE, GATE[:1]), ValueError, r"gate_D has shape \[1\]; beside token_table_VD .* it must be \[6\]"),
-        ((TOKENS, TABLE, GATE.to("meta")), ValueError, "gate_D is on meta; it must be on cpu"),
-        ((TOKENS, TABLE, GATE, PAIRS.half()), TypeError, "bigram_table_KD is torch.float16; it may be torch.float32"),
-        ((TOKENS, TABLE, GATE, PAIRS[:, :2]), ValueError, r"bigram_table_KD has shape \[4, 2\]; .* must be \[4, 6\]"),
-        ((TOKENS, TABLE, GATE, PAIRS[:1]), ValueError, "bigram_table_KD's number of rows is 1; it must be from 2"),
-        ((TOKENS, TABLE, GATE, PAIRS.to("meta")), ValueError, "bigram_table_KD is on meta"),
-        ((TOKENS, TABLE, GATE, None, SCALE), ValueError, "scale is given without bigram_table_KD"),
+        ((TOKENS, TABLE, GATE.int()), TypeError, "gate_D is torch.int32; it may be torch.float32 or"),
+        ((TOKENS, TABLE, GATE[None]), ValueError, r"gate_D has shape \[1, 4\]; it must be \[D\]"),
+        (
+            (TOKENS, TABLE, GATE[:1]),
+            ValueError,
+            r"gate_D has shape \[1\]; beside token_table_VD of shape \[7, 4\] it must be \[4\]",
+        ),
+        ((TOKENS, TABLE, GATE.to("meta")), ValueError, "gate_D is on meta; it must be on cpu, as tokens_BT is"),
+        ((TOKENS, TABLE, GATE, [PAIRS]), TypeError, "bigram_table_KD must be a tensor, not list"),
+        (
+            (TOKENS, TABLE, GATE, PAIRS.double()),
+            TypeError,
+            "bigram_table_KD is torch.float64; it may be torch.float32$",
+        ),
+        (
+            (TOKENS, TABLE.bfloat16(), GATE, PAIRS),
+            TypeError,
+            "bigram_table_KD is torch.float32; it may be torch.bfloat16$",
+        ),
+        ((TOKENS, TABLE, GATE, PAIRS[0]), ValueError, r"bigram_table_KD has shape \[4\]; it must be \[K, D\]"),
+        (
+            (TOKENS, TABLE, GATE, PAIRS[:, :3]),
+            ValueError,
+            r"bigram_table_KD has shape \[5, 3\]; beside token_table_VD of shape \[7, 4\] it must be \[5, 4\]",
+        ),
+        (
+            (TOKENS, TABLE, GATE, PAIRS[:1]),
+            ValueError,
+            "bigram_table_KD's number of rows is 1; it must be from 2 to 2147483648",
+        ),
+        ((TOKENS, TABLE, GATE, PAIRS[:0]), ValueError, "bigram_table_KD's number of rows is 0; it must be from 2"),
+        (
+            (TOKENS, TABLE, GATE, PAIRS.to("meta")),
+            ValueError,
+            "bigram_table_KD is on meta; it must be on cpu, as tokens_BT is",
+        ),
+        (
+            (TOKENS, TABLE, GATE, None, SCALE),
+            ValueError,
+            "scale is given without bigram_table_KD, the table that it scales",
+        ),
         ((TOKENS, TABLE, GATE, PAIRS, 0.5), TypeError, "scale must be a tensor, not float"),
-        ((TOKENS, TABLE, GATE, PAIRS, SCALE[None]), ValueError, r"scale has shape \[1\]; it must be \[\]"),
-        ((TOKENS, TABLE, GATE, PAIRS, SCALE.to("meta")), ValueError, "scale is on meta"),
-        ((TOKENS, TABLE, GATE, PAIRS, SCALE, STARTS[:1]), ValueError, r"document_start_BT has shape \[1, 3\]"),
-        ((TOKENS, TABLE, GATE, None, None, STARTS.int()), TypeError, "document_start_BT is torch.int32"),
+        ((TOKENS, TABLE, GATE, PAIRS, SCALE.int()), TypeError, "scale is torch.int32; it may be torch.float32 or"),
+        (
+            (TOKENS, TABLE, GATE, PAIRS, SCALE[None]),
+            ValueError,
+            r"scale has shape \[1\]; it must be \[\] \(no dimensions\)",
+        ),
+        (
+            (TOKENS, TABLE, GATE, PAIRS, SCALE.to("meta")),
+            ValueError,
+            "scale is on meta; it must be on cpu, as tokens_BT is",
+        ),
+        ((TOKENS, TABLE, GATE, PAIRS, SCALE, True), TypeError, "document_start_BT must be a tensor, not bool"),
+        (
+            (TOKENS, TABLE, GATE, PAIRS, SCALE, STARTS.int()),
+            TypeError,
+            "document_start_BT is torch.int32; it may be torch.bool",
+        ),
+        (
+            (TOKENS, TABLE, GATE, PAIRS, SCALE, STARTS[0]),
+            ValueError,
+            r"document_start_BT has shape \[3\]; it must be \[B, T\]",
+        ),
+        (
+            (TOKENS, TABLE, GATE, PAIRS, SCALE, STARTS[:, :2]),
+            ValueError,
+            r"document_start_BT has shape \[2, 2\]; beside tokens_BT of shape \[2, 3\] it must be \[2, 3\]",
+        ),
+        (
+            (TOKENS, TABLE, GATE, None, None, STARTS.to("meta")),
+            ValueError,
+            "document_start_BT is on meta; it must be on cpu, as tokens_BT is",
+        ),
     ],
 )
 def test_bad_arguments(arguments, error, message):
