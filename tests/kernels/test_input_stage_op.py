@@ -154,6 +154,21 @@ def test_gradients(bigrams, scaled, with_starts, device):
 
 
 @on_every_implementation
+def test_gradients_of_every_argument_against_differences(device):
+    """The op itself in float64, a step along each argument at a time."""
+    arguments = make((2, 4, 3, 4, 3), torch.float64, device)
+    upstream = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
+    _, *gradients = with_gradients(arguments, upstream)
+    names = [name for name, value in arguments.items() if value.is_floating_point()]
+    for name, gradient in zip(names, gradients, strict=True):
+        value = arguments[name]
+        direction = torch.randn(value.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device)
+        ends = [kernels.input_stage(**{**arguments, name: value + step * direction}) for step in (1e-6, -1e-6)]
+        slope = ((ends[0] - ends[1]) * upstream).sum() / 2e-6
+        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-7)
+
+
+@on_every_implementation
 def test_a_document_start_hears_nothing_from_before(device):
     arguments = make((1, 5, 6, 9, 4), device=device)
     arguments["document_start_BT"] = torch.tensor([[False, False, True, False, False]], device=device)

@@ -313,6 +313,15 @@ def test_one_piece_of_memory_as_matrices_of_several_shapes_and_dtypes(device):
         memory.mul_(-2)
 
 
+def test_one_address_and_shape_of_two_dtypes(device):
+    # just above half a level, which float32 does not tell from half: that goes to the even code, 0
+    doubles = torch.tensor([[31.0, 0.5 + 1e-12], [-0.5 - 1e-12, 31.0]], dtype=torch.float64, device=device)
+    floats = doubles.flatten().view(torch.float32)[:4].view(2, 2)
+    for weight in (floats, doubles, floats):
+        assert_same_bits(kernels.quantize_int6([weight]), [reference.quantize_int6(weight)])
+    assert kernels.quantize_int6([doubles])[0][0].tolist() == [[31, 1], [-1, 31]]
+
+
 def test_more_lists_than_are_remembered(device):
     matrices = [make((2, 3), device=device, seed=seed) for seed in range(70)]
     expected = [reference.quantize_int6(matrix) for matrix in matrices]
