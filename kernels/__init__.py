@@ -5,7 +5,8 @@
 
 from kernels.bigram_hash import bigram_hash, bigram_hash_embed
 from kernels.input_stage import input_stage
-from kernels.int6 import dequantize_int6, fake_quantize_int6, pack_int6, quantize_int6, unpack_int6
+from kernels.int6 import dequantize_int6, fake_quantize_int6, quantize_int6
+from kernels.int6_packing import pack_int6, unpack_int6
 from kernels.newton_schulz import newton_schulz
 from kernels.smear_gate import smear_gate
 

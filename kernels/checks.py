@@ -6,6 +6,8 @@ a compiled graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,21 @@ def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> No
     """`value` must be where `other` is."""
     if value.device != other.device:
         raise ValueError(f"{name} is on {value.device}; it must be on {other.device}, as {other_name} is")
+
+
+def check_matrices(name: str, matrices: Sequence, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Each of `matrices` must be a tensor [R, C] of one of `dtypes`, where the first is."""
+    for index, matrix in enumerate(matrices):
+        check_tensor(f"{name}[{index}]", matrix, dtypes, "RC")
+        check_device(f"{name}[{index}]", matrix, f"{name}[0]", matrices[0])
+
+
+def check_length(name: str, value: object, other_name: str, other: Sequence) -> None:
+    """`value` must be a list or tuple with an entry for each of `other`."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list or tuple, as {other_name} is, not {type(value).__name__}")
+    if len(value) != len(other):
+        raise ValueError(f"{name} has length {len(value)}; it must have length {len(other)}, as {other_name} has")
 
 
 def check_document_start(value: object, other_name: str, other: Tensor) -> None:

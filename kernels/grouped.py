@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.launch import launch, tl, triton
-from kernels.registration import PLAIN
+from kernels.registration import is_traced
 from kernels.tuning import next_power_of_2
 
 KEPT = 64  # tables kept for the next call on the same matrices
@@ -82,18 +83,46 @@ class _Batch(NamedTuple):
 
     groups: list[_Group]
     sizes: list[tuple[int, torch.dtype]]  # of the allocation that holds all results of a kind
-    views: list[list[tuple[tuple[int, ...], tuple[int, ...], int]]]  # shape, strides, start: by kind, then matrix
+    parts: list[list[tuple[tuple[int, ...], tuple[int, ...], int]]]  # shape, strides, start: by kind, then matrix
     b_N: int
 
 
 _batches: dict[tuple, _Batch] = {}
+_all_at_once: dict[Callable, Callable] = {}
 
 
-def can_group(tensors: Sequence[Tensor]) -> bool:
-    """Whether `run_all` takes these tensors: something that traces needs ops, a CUDA graph no table of pointers."""
-    if torch.compiler.is_compiling() or not all(type(tensor) in PLAIN for tensor in tensors):
-        return False
-    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+def is_list(value: object) -> bool:
+    """Whether an op was given several tensors. A list of anything else is a wrong argument for one tensor."""
+    return isinstance(value, (list, tuple)) and (len(value) == 0 or isinstance(value[0], Tensor))
+
+
+def all_at_once(op: Callable) -> Callable[[Callable], Callable]:
+    """Decorates the function that does in a few launches what calling `op` for each matrix does."""
+
+    def register(function: Callable) -> Callable:
+        _all_at_once[op] = function
+        return function
+
+    return register
+
+
+def for_each(name: str, matrices: Sequence[Tensor], *others: Sequence) -> list | tuple:
+    """Op `name` of each of the matrices, with its entries of `others`; in the structure of `matrices`."""
+    if len(matrices) == 0:
+        return matrices[:]
+    op = dispatch.implementation(name, matrices[0])
+    # a CUDA graph would keep the address of a table that does not outlive the call
+    captured = matrices[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    if op in _all_at_once and not captured and not is_traced(matrices):
+        results = _all_at_once[op](matrices, *others)
+    else:
+        results = [op(*arguments) for arguments in zip(matrices, *others, strict=True)]
+    return tuple(results) if isinstance(matrices, tuple) else list(results)
+
+
+def offset_and_device(tensor: Tensor) -> tuple[int, int]:
+    """How many bytes past a multiple of 16 a tensor begins, and its device's number (-1: the CPU)."""
+    return tensor.data_ptr() % 16, tensor.get_device()
 
 
 def run_one(work: Work, *inputs: Tensor) -> list[Tensor]:
@@ -119,13 +148,13 @@ def run_all(plan: Callable[..., Work], arguments: list[tuple]) -> list[list[Tens
     batch = _batches.get(key)
     if batch is None:
         if len(_batches) >= KEPT:
-            _batches.clear()
+            del _batches[next(iter(_batches))]
         batch = _batches[key] = _prepare(plan, arguments, device)
     flats = [torch.empty(size, dtype=dtype, device=device) for size, dtype in batch.sizes]
     for work, first, programs, table in batch.groups:
         tensors = (*_tensors(arguments[first]), *flats, table)
         launch(work.kernel, (programs,), tensors, (0, 0), (*work.constants, batch.b_N), num_warps=work.num_warps)
-    return [[_part(flat, *view) for view in views] for flat, views in zip(flats, batch.views, strict=True)]
+    return [[_part(flat, *part) for part in parts] for flat, parts in zip(flats, batch.parts, strict=True)]
 
 
 def _part(flat: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], start: int) -> Tensor:
@@ -137,11 +166,11 @@ def _prepare(plan: Callable[..., Work], arguments: list[tuple], device: torch.de
     works = [plan(*values) for values in arguments]
     dtypes = [dtype for _, dtype in works[0].results]
     ends = [0] * len(dtypes)
-    views = [[] for _ in dtypes]
+    parts = [[] for _ in dtypes]
     members: dict[tuple, list[int]] = {}
     for index, work in enumerate(works):
         for kind, (shape, dtype) in enumerate(work.results):
-            views[kind].append((shape, torch.empty(shape, device="meta").stride(), ends[kind]))
+            parts[kind].append((shape, torch.empty(shape, device="meta").stride(), ends[kind]))
             unit = ALIGNMENT // dtype.itemsize
             ends[kind] += -(-torch.Size(shape).numel() // unit) * unit
         input_dtypes = tuple(tensor.dtype for tensor in _tensors(arguments[index]))
@@ -154,7 +183,7 @@ def _prepare(plan: Callable[..., Work], arguments: list[tuple], device: torch.de
         for index in indices:
             work = works[index]
             addresses = [tensor.data_ptr() for tensor in _tensors(arguments[index])]
-            columns.append([programs, work.rows, work.columns, *addresses, *(of_kind[index][2] for of_kind in views)])
+            columns.append([programs, work.rows, work.columns, *addresses, *(of_kind[index][2] for of_kind in parts)])
             programs += work.programs
         # The padding begins after the last program: no program finds it.
         columns += [[programs] * len(columns[0])] * (b_N - len(columns))
@@ -166,7 +195,7 @@ def _prepare(plan: Callable[..., Work], arguments: list[tuple], device: torch.de
         _Group(works[indices[0]], indices[0], programs, table)
         for indices, programs, table in zip(members.values(), totals, on_device, strict=True)
     ]
-    return _Batch(groups, list(zip(ends, dtypes, strict=True)), views, b_N)
+    return _Batch(groups, list(zip(ends, dtypes, strict=True)), parts, b_N)
 
 
 def _tensors(values: tuple) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-PLAIN = (Tensor, torch.nn.Parameter)  # anything else stands in for a tensor without data, or wraps one
+_PLAIN = (Tensor, torch.nn.Parameter)  # anything else stands in for a tensor without data, or wraps one
+
+
+def is_traced(arguments: Iterable[Any]) -> bool:
+    """Whether something records the ops on these arguments, so that they need a registered op."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return True
+    return any([isinstance(argument, Tensor) and type(argument) not in _PLAIN for argument in arguments])
 
 
 def register(
@@ -24,8 +31,8 @@ def register(
     """A function with `run`'s arguments that compiles and differentiates; `torch.func` transforms are not supported.
 
     A registered op can be compiled, exported, faked and checked (`torch.library.opcheck`), but costs the host
-    about 20 us a call; an `autograd.Function` costs 7, and `run` alone nothing. So the op is for tensors that
-    something traces, the Function for gradients, and `run` for the rest.
+    most, then an `autograd.Function`, and `run` alone nothing. So the op is for tensors that something traces, the
+    Function for gradients, and `run` for the rest.
 
     Args:
         name: the op's name in `torch.ops.golf`.
@@ -54,16 +61,12 @@ def register(
                 return differentiate(ctx, *gradients)
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        if is_traced(arguments):
             return op(*arguments)
-        wants_gradient = False
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                if type(argument) not in PLAIN:
-                    return op(*arguments)
-                wants_gradient |= argument.requires_grad
-        if wants_gradient and function is not None and torch.is_grad_enabled():
-            return function.apply(*arguments)
+        if function is not None and torch.is_grad_enabled():
+            for argument in arguments:
+                if isinstance(argument, Tensor) and argument.requires_grad:
+                    return function.apply(*arguments)
         return run(*arguments)
 
     return call
