@@ -24,8 +24,6 @@ from kernels.registration import register
 from kernels.segment_sum import id_dtype, segment_order, segment_sums, segment_totals
 from kernels.tuning import tile
 
-HASH_BLOCK = 256
-
 
 @triton.jit
 def hashed_pair(token, before, starts, K):
@@ -51,7 +49,7 @@ def load_buckets(p_tokens, p_start, position, mask, T, K):
 @triton.jit(do_not_specialize=["N", "T", "K"])
 def bigram_hash_kernel(p_tokens, p_start, p_bucket, N, T, K, b_N: tl.constexpr):
     """bucket = ((36313 t) XOR (27191 t_before)) mod (K - 1), b_N positions a program."""
-    position = tl.program_id(0).to(N.dtype) * b_N + tl.arange(0, b_N)
+    position = tl.program_id(0) * b_N + tl.arange(0, b_N)
     mask = position < N
     bucket = load_buckets(p_tokens, p_start, position, mask, T, K)
     tl.store(p_bucket + position, bucket.to(p_bucket.dtype.element_ty), mask=mask)
@@ -63,7 +61,7 @@ def bigram_hash_embed_fwd_kernel(
     D: tl.constexpr, COMPUTE: tl.constexpr, b_N: tl.constexpr, b_D: tl.constexpr,
 ):  # fmt: skip
     """y = scale * table[bucket], one tile of positions a program."""
-    position = tl.program_id(0).to(N.dtype) * b_N + tl.arange(0, b_N)
+    position = tl.program_id(0) * b_N + tl.arange(0, b_N)
     m_N = position < N
     bucket = load_buckets(p_tokens, p_start, position, m_N, T, K)
     r_D = tl.program_id(1) * b_D + tl.arange(0, b_D)
@@ -82,9 +80,10 @@ def buckets_of(
     """The bucket of every position, as `dtype`."""
     batch, time = tokens_BT.shape
     bucket_BT = tokens_BT.new_empty((batch, time), dtype=dtype)
-    grid = (cdiv(batch * time, HASH_BLOCK),)
+    b_N, _, num_warps = tile("bigram_hash", 1, tokens_BT.get_device())
+    grid = (cdiv(batch * time, b_N),)
     tensors = (tokens_BT, document_start_BT, bucket_BT)
-    launch(bigram_hash_kernel, grid, tensors, (batch * time, time, num_buckets), (HASH_BLOCK,))
+    launch(bigram_hash_kernel, grid, tensors, (batch * time, time, num_buckets), (b_N,), num_warps=num_warps)
     return bucket_BT
 
 

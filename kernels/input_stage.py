@@ -27,8 +27,6 @@ from kernels.segment_sum import id_dtype, segment_order, segment_sums, segment_t
 from kernels.smear_gate import gate_grad, load_mix
 from kernels.tuning import tile
 
-ID_BLOCK = 512
-
 
 @triton.jit
 def load_token(p_tokens, p_start, row, N, T, V):
@@ -73,7 +71,7 @@ def input_stage_fwd_kernel(
     scale = 1.0
     if p_scale is not None:
         scale = tl.load(p_scale).to(COMPUTE)
-    first = tl.program_id(0).to(N.dtype) * b_N
+    first = tl.program_id(0) * b_N
     older, _ = load_token(p_tokens, p_start, first - 2, N, T, V)
     before, starts = load_token(p_tokens, p_start, first - 1, N, T, V)
     e, _ = embedded(before, older, starts, p_token_table, p_bigram_table, scale, K, r_D, D, COMPUTE)
@@ -102,7 +100,7 @@ def input_stage_bwd_kernel(
     scale = 1.0
     if p_scale is not None:
         scale = tl.load(p_scale).to(COMPUTE)
-    first = tl.program_id(0).to(N.dtype) * b_N
+    first = tl.program_id(0) * b_N
     before, _ = load_token(p_tokens, p_start, first - 1, N, T, V)
     token, starts = load_token(p_tokens, p_start, first, N, T, V)
     grad = tl.load(p_grad + first.to(tl.int64) * D + r_D, mask=m_D & (first < N), other=0).to(COMPUTE)
@@ -130,7 +128,7 @@ def input_stage_bwd_kernel(
 @triton.jit(do_not_specialize=["N", "T", "V", "K"])
 def lookup_ids_kernel(p_tokens, p_start, p_id, N, T, V, K, b_N: tl.constexpr):
     """For the order of both tables' gradients: id[n] = token, id[N + n] = V + bucket; V + K, left out, if unknown."""
-    row = tl.program_id(0).to(N.dtype) * b_N + tl.arange(0, b_N)
+    row = tl.program_id(0) * b_N + tl.arange(0, b_N)
     token, starts = load_token(p_tokens, p_start, row, N, T, V)
     tl.store(p_id + row, tl.where(token >= 0, token, V + K).to(p_id.dtype.element_ty), mask=row < N)
     if K > 0:
@@ -164,15 +162,7 @@ def _run(
     return y_BTD
 
 
-def _fake(
-    tokens_BT: Tensor,
-    token_table_VD: Tensor,
-    gate_D: Tensor,
-    bigram_table_KD: Tensor | None,
-    scale: Tensor | None,
-    document_start_BT: Tensor | None,
-    eps: float,
-) -> Tensor:
+def _fake(tokens_BT: Tensor, token_table_VD: Tensor, *_: Any) -> Tensor:
     return token_table_VD.new_empty((*tokens_BT.shape, token_table_VD.shape[1]))
 
 
@@ -212,7 +202,9 @@ def _run_backward(
 
     lookups = rows if bigram_table_KD is None else 2 * rows
     id_M = tokens_BT.new_empty(lookups, dtype=id_dtype(vocabulary + buckets))
-    launch(lookup_ids_kernel, (cdiv(rows, ID_BLOCK),), (tokens_BT, document_start_BT, id_M), sizes, (ID_BLOCK,))
+    b_N, _, num_warps = tile("lookup_ids", 1, tokens_BT.get_device())
+    tensors = (tokens_BT, document_start_BT, id_M)
+    launch(lookup_ids_kernel, (cdiv(rows, b_N),), tensors, sizes, (b_N,), num_warps=num_warps)
     order = segment_order(id_M, vocabulary + buckets)
     sums_JD = segment_sums(grad_e_ND, order)
     grad_token_table_VD, _ = segment_totals(sums_JD, order, 0, token_table_VD)
@@ -231,8 +223,7 @@ def _fake_backward(
     gate_D: Tensor,
     bigram_table_KD: Tensor | None,
     scale: Tensor | None,
-    document_start_BT: Tensor | None,
-    eps: float,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         token_table_VD.new_empty(token_table_VD.shape),

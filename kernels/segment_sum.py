@@ -28,18 +28,24 @@ class SegmentOrder(NamedTuple):
     id_J: Tensor  # int32: the id of each task, S for tasks that are not needed
 
 
-@triton.jit(do_not_specialize=["M", "S"])
-def first_entry_kernel(p_sorted, p_first, M, S, STEPS: tl.constexpr, b_S: tl.constexpr):
-    """first[s] = how many of the sorted ids are below s, by bisection."""
-    r_S = tl.program_id(0) * b_S + tl.arange(0, b_S)
-    low = tl.zeros((b_S,), tl.int32)
-    high = tl.zeros((b_S,), tl.int32) + M
+@triton.jit
+def count_below(p_sorted, bound, count, STEPS: tl.constexpr):
+    """How many of the first `count` of the sorted numbers are below each bound, by bisection: 2^STEPS > count."""
+    low = tl.zeros_like(bound)
+    high = low + count
     for _ in range(STEPS):
         middle = low + (high - low) // 2
-        below = (tl.load(p_sorted + middle, mask=low < high, other=0).to(tl.int32) < r_S) & (low < high)
+        below = (low < high) & (tl.load(p_sorted + middle, mask=low < high, other=0).to(tl.int32) < bound)
         low = tl.where(below, middle + 1, low)
         high = tl.where(below, high, middle)
-    tl.store(p_first + r_S, low, mask=r_S <= S)
+    return low
+
+
+@triton.jit(do_not_specialize=["M", "S"])
+def first_entry_kernel(p_sorted, p_first, M, S, STEPS: tl.constexpr, b_S: tl.constexpr):
+    """first[s] = how many of the M sorted ids are below s."""
+    r_S = tl.program_id(0) * b_S + tl.arange(0, b_S)
+    tl.store(p_first + r_S, count_below(p_sorted, r_S, M, STEPS), mask=r_S <= S)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -57,16 +63,9 @@ def first_task_kernel(p_first_entry, p_first_task, S, CHUNK: tl.constexpr, b_S: 
 
 @triton.jit(do_not_specialize=["S", "J"])
 def task_id_kernel(p_first_task, p_id, S, J, STEPS: tl.constexpr, b_J: tl.constexpr):
-    """id[j] = the last id whose first task is at most j, by bisection; S where j is past the last task."""
+    """id[j] = how many ids' tasks all come before task j; S where j is past the last task."""
     r_J = tl.program_id(0) * b_J + tl.arange(0, b_J)
-    low = tl.zeros((b_J,), tl.int32)
-    high = tl.zeros((b_J,), tl.int32) + S
-    for _ in range(STEPS):
-        middle = low + (high - low) // 2
-        done = (tl.load(p_first_task + middle + 1, mask=low < high, other=0) <= r_J) & (low < high)
-        low = tl.where(done, middle + 1, low)
-        high = tl.where(done, high, middle)
-    tl.store(p_id + r_J, low, mask=r_J < J)
+    tl.store(p_id + r_J, count_below(p_first_task + 1, r_J + 1, S, STEPS), mask=r_J < J)
 
 
 @triton.jit(do_not_specialize=["S", "N"])

@@ -30,7 +30,7 @@ def smear_gate_fwd_kernel(
     p_x, p_gate, p_start, p_y, N, T, D: tl.constexpr, COMPUTE: tl.constexpr, b_N: tl.constexpr, b_D: tl.constexpr
 ):
     """y = (1 - g) x + g x_before. One tile of rows a program; the row before comes out of the cache."""
-    first_row = tl.program_id(0).to(N.dtype) * b_N
+    first_row = tl.program_id(0) * b_N
     r_N = tl.arange(0, b_N)
     r_D = tl.program_id(1) * b_D + tl.arange(0, b_D)
     m_N = r_N < N - first_row
@@ -61,7 +61,7 @@ def smear_gate_bwd_kernel(
     offsets = r_N[:, None] * D + r_D[None, :]  # [b_N, b_D]
     mix = load_mix(p_gate, r_D, m_D, COMPUTE)[None, :]
     sums = tl.zeros((b_N, b_D), COMPUTE)
-    begin = tl.program_id(0).to(N.dtype) * TILES * b_N
+    begin = tl.program_id(0) * TILES * b_N
     for index in range(tl.cdiv(tl.minimum(N - begin, TILES * b_N).to(tl.int32), b_N)):
         first_row = begin + index * b_N
         m_N = r_N < N - first_row
@@ -100,9 +100,10 @@ def gate_grad(sums_PD: Tensor, gate_D: Tensor) -> Tensor:
     """g (1 - g) * sums_PD.sum(0), in the gate's dtype."""
     grad_D = torch.empty_like(gate_D)
     programs, channels = sums_PD.shape
-    b_P, b_D = 256, 8
+    b_P, b_D, num_warps = tile("gate_grad", channels, sums_PD.get_device())
     constants = (channels, compute_dtype(sums_PD.dtype), b_P, b_D)
-    launch(gate_grad_kernel, (cdiv(channels, b_D),), (sums_PD, gate_D, grad_D), (programs,), constants, num_warps=8)
+    grid = (cdiv(channels, b_D),)
+    launch(gate_grad_kernel, grid, (sums_PD, gate_D, grad_D), (programs,), constants, num_warps=num_warps)
     return grad_D
 
 
