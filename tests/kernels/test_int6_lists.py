@@ -374,8 +374,8 @@ def test_compiled_gradients_equal_eager(structure, device, compiled):
     assert_same_bits(*results)
 
 
-def test_fake_tensors():
-    with FakeTensorMode():
+def test_fake_tensors(device):
+    with FakeTensorMode(), device:
         weights = [torch.empty(5, 7), torch.empty(2, 8, dtype=torch.bfloat16)]
         pairs, packed, unpacked, weights_again, fakes, _ = round_trip(weights)
     shapes = [(5, 7), (2, 8)]
