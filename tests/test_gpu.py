@@ -67,14 +67,23 @@ def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
     return float((ours.detach().double() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("document_boundaries", [False, True])
-def test_compiled_bfloat16_is_as_near_the_truth_as_eager(config, document_boundaries):
+@pytest.mark.parametrize(
+    ("document_boundaries", "training", "implementation"),
+    [(False, True, "auto"), (True, True, "auto"), (True, False, "auto"), (True, False, "reference")],
+)
+def test_compiled_bfloat16_is_as_near_the_truth_as_eager(
+    config, monkeypatch, document_boundaries, training, implementation
+):
+    """Without gradients as well, as scoring runs it: the compiler then lays memory out in other ways."""
     config = dataclasses.replace(config, document_boundaries=document_boundaries)
     model = randomised(config)
     inputs, targets = batch(8, 256)
     truth = exact_copy(model).token_losses(inputs, targets).detach().double()
     eager = relative_error(model.token_losses(inputs, targets), truth)
-    fused = relative_error(compiled(model.token_losses, "on", torch.device("cuda"))(inputs, targets), truth)
+    monkeypatch.setenv("GOLF_KERNELS", implementation)
+    torch.compiler.reset()
+    with torch.set_grad_enabled(training):
+        fused = relative_error(compiled(model.token_losses, "on", torch.device("cuda"))(inputs, targets), truth)
     assert 0 < eager < 0.02
     assert fused <= 2 * eager
 
@@ -124,23 +133,36 @@ def test_the_pipeline_runs_and_a_fresh_process_scores_alike(config):
 
 
 def test_training_with_the_kernels_is_training_with_the_reference(config, monkeypatch):
-    """100 steps each, fake quantization and document boundaries included."""
+    """100 steps each, fake quantization and document boundaries included.
+
+    Training spreads what each run rounds at places of its own. How far that may go, the reference shows when it runs
+    without torch.compile, which moves its roundings too.
+    """
+    rates = {"matrix_lr": 0.025, "scalar_lr": 0.025, "tied_embed_lr": 0.035}
+    config = dataclasses.replace(config, iterations=100, qat_enabled=True, document_boundaries=True, **rates)
     losses, scores = {}, {}
-    config = dataclasses.replace(config, iterations=100, qat_enabled=True, document_boundaries=True)
-    for choice in ("auto", "reference"):
-        monkeypatch.setenv("GOLF_KERNELS", choice)
+    for name, implementation, compile_choice in (
+        ("kernels", "auto", "on"),
+        ("reference", "reference", "on"),
+        ("eager", "reference", "off"),
+    ):
+        monkeypatch.setenv("GOLF_KERNELS", implementation)
         torch.compiler.reset()
-        scores[choice] = pipeline.run(dataclasses.replace(config, run_id=choice), {})["val_bpb"]
-        log = Path(config.runs_dir) / choice / "log.jsonl"
-        losses[choice] = torch.tensor([event["train_loss"] for event in read_events(log, "train")])
-    assert len(losses["auto"]) == 100
-    assert not torch.equal(losses["auto"], losses["reference"])  # else both ran the same
-    difference = (losses["auto"] - losses["reference"]).abs() / losses["reference"]
-    # Each rounds to bfloat16 at places of its own, and training spreads that. Twice what the seed's model showed
-    # in 100 steps with fake quantization on an H200: 0.33% in the first ten, 0.86% over all, 0.27% of the score.
-    assert float(difference[:10].max()) < 0.0067
-    assert float(difference.max()) < 0.0172
-    assert abs(scores["auto"] - scores["reference"]) < 0.0054 * scores["reference"]
+        summary = pipeline.run(dataclasses.replace(config, run_id=name, compile=compile_choice), {})
+        scores[name] = summary["val_bpb"]
+        log = Path(config.runs_dir) / name / "log.jsonl"
+        losses[name] = torch.tensor([event["train_loss"] for event in read_events(log, "train")])
+    assert len(losses["kernels"]) == 100
+    assert not torch.equal(losses["kernels"], losses["reference"])  # else both ran the same
+
+    def difference(name: str, steps: int) -> float:
+        relative = losses[name][:steps] / losses["reference"][:steps] - 1
+        return float(relative.square().mean().sqrt())
+
+    assert difference("kernels", 10) <= 2 * difference("eager", 10)
+    assert difference("kernels", 100) <= 2 * difference("eager", 100)
+    apart = {name: abs(scores[name] / scores["reference"] - 1) for name in ("kernels", "eager")}
+    assert apart["kernels"] <= 2 * max(apart["eager"], difference("eager", 100))
 
 
 def test_the_time_limit_holds_though_the_host_runs_ahead(config):

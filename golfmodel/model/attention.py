@@ -16,6 +16,10 @@ from golfmodel.model.parameters import Storage
 
 ROTARY_NATIVE_LENGTH = 1024
 
+_BLOCK_TABLES = tuple(
+    f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")
+)
+
 
 def rotary_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin `[T, h/2]` in float32 of the angles `position / base^(2j/h)`.
@@ -76,9 +80,24 @@ def document_mask(document_start_BT: Tensor) -> Tensor | BlockMask:
         def same_document(b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (query >= key) & (document_BT[b, query] == document_BT[b, key])
 
-        return create_block_mask(same_document, batch, None, length, length, device=document_BT.device)
+        return _with_strides_kept(
+            create_block_mask(same_document, batch, None, length, length, device=document_BT.device)
+        )
     same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
     return same_BTT.tril()[:, None]
+
+
+def _with_strides_kept(mask: BlockMask) -> BlockMask:
+    """The same mask, its tables laid out in memory as they say.
+
+    flex_attention's kernels go from one text's tables to the next by the stride of the dimension of heads. That has
+    one entry here, which leaves Inductor free to give it any stride, and the kernels then read past the tables (torch
+    2.11, without gradients). A stride asked for by `as_strided` is kept.
+    """
+    for name in _BLOCK_TABLES:
+        table = getattr(mask, name)
+        setattr(mask, name, table.as_strided(table.shape, table.stride()))
+    return mask
 
 
 class Attention(nn.Module):
