@@ -1,0 +1,1 @@
+"""How fast everything is, how near the hardware's limit, and compared with what."""

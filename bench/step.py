@@ -1,0 +1,98 @@
+"""One training step of a config on this machine: forward, backward, clip, optimizers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from bench.tokens import token_batch
+from golfmodel.config import Config
+from golfmodel.model.gpt import GPT
+from golfmodel.optim.groups import Optimizers
+from golfmodel.runtime.compiling import compiled
+
+STAGES = ("forward", "backward", "optimizers")
+
+
+@contextmanager
+def kernels_chosen(choice: str) -> Iterator[None]:
+    """`GOLF_KERNELS` set to `choice`."""
+    before = os.environ.get("GOLF_KERNELS")
+    os.environ["GOLF_KERNELS"] = choice
+    try:
+        yield
+    finally:
+        del os.environ["GOLF_KERNELS"]
+        if before is not None:
+            os.environ["GOLF_KERNELS"] = before
+
+
+class TrainingStep:
+    """The step of one micro-batch that a trainer takes, on tokens of its own.
+
+    Args:
+        config: whose model and optimizers; its micro-batch on one rank.
+        device: where.
+        kernels: what `GOLF_KERNELS` is while it is compiled and run.
+    """
+
+    def __init__(self, config: Config, device: torch.device, *, kernels: str = "auto") -> None:
+        self.config, self.device, self._kernels = config, device, kernels
+        torch.manual_seed(config.seed)
+        self.model = GPT(config).to(device)
+        self.optimizers = Optimizers(self.model, config)
+        self._loss = compiled(self.model, config.compile, device)
+        self.rows = config.rows_per_micro_batch(1)
+        tokens = [
+            token_batch(self.rows, config.train_seq_len + 1, config.vocab_size, device, seed=seed) for seed in (0, 1)
+        ]
+        self.batches = [(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in tokens]
+
+    @property
+    def tokens(self) -> int:
+        """Of one step."""
+        return self.rows * self.config.train_seq_len
+
+    def __call__(self, index: int) -> Tensor:
+        """Takes a step on batch `index`; returns the loss. Profilers see its `STAGES`."""
+        inputs_BT, targets_BT = self.batches[index % len(self.batches)]
+        with kernels_chosen(self._kernels):
+            with record_function("forward"):
+                loss = self._loss(inputs_BT, targets_BT)
+            with record_function("backward"):
+                loss.backward()
+            with record_function("optimizers"):
+                self.optimizers.step()
+        return loss.detach()
+
+    def part(self, *, optimizers: bool) -> Callable[[int], object]:
+        """Forward and backward alone, or the optimizers alone on the gradients of one step, for a clock."""
+        if optimizers:
+            return self._optimizers_alone()
+        return self._forward_and_backward
+
+    def _forward_and_backward(self, index: int) -> None:
+        inputs_BT, targets_BT = self.batches[index % len(self.batches)]
+        with kernels_chosen(self._kernels):
+            self._loss(inputs_BT, targets_BT).backward()
+        self.model.zero_grad(set_to_none=True)
+
+    def _optimizers_alone(self) -> Callable[[int], object]:
+        self.model.zero_grad(set_to_none=True)
+        with kernels_chosen(self._kernels):
+            self._loss(*self.batches[0]).backward()
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        self.model.zero_grad(set_to_none=True)
+
+        def step(_: int) -> None:
+            for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            with kernels_chosen(self._kernels):
+                self.optimizers.step()
+
+        return step

@@ -1,0 +1,170 @@
+"""Times of functions that are compared with each other: taken in turn, on inputs that the cache does not hold."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+# What one call of a function does; the number says which of the rotated inputs to use.
+Timed = Callable[[int], object]
+
+# Inputs that are used in turn fill at least this much: an H100 and an H200 cache 50 MB.
+ROTATED_BYTES = 160 * 2**20
+MAX_ROTATIONS = 64
+
+ROUNDS = 20
+SAMPLE_SECONDS = 1e-3  # device time of one sample, at least, so that an event's 0.5 us do not count
+MAX_CALLS = 24  # of one sample: a queue holds 1,024 launches
+MAX_SLEEP_SECONDS = 0.5
+
+
+class MeasurementError(RuntimeError):
+    """A time that would not be what it says."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call: one sample a round, and the host's share of a call."""
+
+    samples: tuple[float, ...]
+    host: float
+    peak_bytes: int  # allocated during one call beyond what was there before; 0 on a CPU
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    def percentile(self, percent: int) -> float:
+        """The sample below which `percent` of the samples lie, by linear interpolation."""
+        return float(torch.tensor(self.samples, dtype=torch.float64).quantile(percent / 100))
+
+
+def rotations(bytes_of_a_call: int) -> int:
+    """How many sets of inputs it takes so that none is still in the cache when its turn comes."""
+    return max(2, min(MAX_ROTATIONS, -(-ROTATED_BYTES // max(bytes_of_a_call, 1))))
+
+
+def interleaved(
+    functions: Mapping[str, Timed], *, sets: int, device: torch.device, rounds: int = ROUNDS
+) -> dict[str, Times]:
+    """Times each function by name: all of them once in every round, so that a slow moment hits them alike.
+
+    On a GPU a sample is the time between two events around several calls that all wait in the queue before the first
+    one starts, so gaps between launches do not count; that they did wait is checked. On a CPU a sample is wall time.
+
+    Args:
+        sets: how many sets of inputs there are; calls take them in turn.
+        rounds: samples of each.
+
+    Raises:
+        MeasurementError: the device ran ahead of the host even so.
+    """
+    clock = _Device(device) if device.type == "cuda" else _Host()
+    for function in functions.values():
+        for index in range(min(sets, 3)):  # compiles, and fills what is cached by input
+            function(index)
+    calls = {name: clock.calls_of_a_sample(function, sets) for name, function in functions.items()}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    hosts: dict[str, list[float]] = {name: [] for name in functions}
+    position = 0
+    names = list(functions)
+    with _no_garbage_collection():
+        for number in range(rounds):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                seconds, host = clock.sample(functions[name], position, calls[name], sets)
+                position += calls[name]
+                samples[name].append(seconds)
+                hosts[name].append(host)
+    return {
+        name: Times(tuple(samples[name]), statistics.median(hosts[name]), clock.peak_bytes(functions[name]))
+        for name in names
+    }
+
+
+class _Host:
+    """A CPU, which runs a function when it is called."""
+
+    def calls_of_a_sample(self, function: Timed, sets: int) -> int:
+        seconds, _ = self.sample(function, 0, 1, sets)
+        return max(1, min(100, round(SAMPLE_SECONDS / seconds)))
+
+    def sample(self, function: Timed, position: int, calls: int, sets: int) -> tuple[float, float]:
+        begin = time.perf_counter()
+        for index in range(position, position + calls):
+            function(index % sets)
+        seconds = (time.perf_counter() - begin) / calls
+        return seconds, seconds
+
+    def peak_bytes(self, function: Timed) -> int:
+        return 0
+
+
+class _Device:
+    """A GPU, which works off a queue."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cycles_per_second = self._sleep_rate()
+
+    def _sleep_rate(self) -> float:
+        cycles = 20_000_000
+        torch.cuda._sleep(cycles)
+        begin, end = self._events()
+        begin.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        end.synchronize()
+        return cycles / (begin.elapsed_time(end) * 1e-3)
+
+    @staticmethod
+    def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def calls_of_a_sample(self, function: Timed, sets: int) -> int:
+        seconds, _ = self.sample(function, 0, 1, sets)
+        return max(1, min(MAX_CALLS, round(SAMPLE_SECONDS / seconds)))
+
+    def sample(self, function: Timed, position: int, calls: int, sets: int) -> tuple[float, float]:
+        asleep = 2e-4 * calls + 5e-4
+        while asleep <= MAX_SLEEP_SECONDS:
+            torch.cuda.synchronize(self.device)
+            begin, end = self._events()
+            torch.cuda._sleep(int(asleep * self.cycles_per_second))
+            begin.record()
+            started = time.perf_counter()
+            for index in range(position, position + calls):
+                function(index % sets)
+            host = time.perf_counter() - started
+            waited = not begin.query()
+            end.record()
+            end.synchronize()
+            if waited:
+                return begin.elapsed_time(end) * 1e-3 / calls, host / calls
+            asleep = 2 * max(asleep, host)
+        raise MeasurementError(
+            f"the device did not wait for the host through {MAX_SLEEP_SECONDS} s: a call takes the host "
+            f"{1e3 * host / calls:.1f} ms, or makes it wait for the device"
+        )
+
+    def peak_bytes(self, function: Timed) -> int:
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        function(0)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+
+class _no_garbage_collection:
+    def __enter__(self) -> None:
+        self.enabled = gc.isenabled()
+        gc.collect()
+        gc.disable()
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled:
+            gc.enable()
