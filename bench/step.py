@@ -58,6 +58,28 @@ class TrainingStep:
         """Of one step."""
         return self.rows * self.config.train_seq_len
 
+    @property
+    def flops(self) -> float:
+        """Of the matrix products and of causal attention, forward and backward, each in full; nothing recomputed.
+
+        Per token 6 for each weight that multiplies activations, and 7 T D per block for attention: 2 T D (half of
+        4 T D, as a query sees half the keys), and 2.5 times that backward.
+        """
+        config = self.config
+        blocks = sum(weight.numel() for weight in self.model.blocks.parameters() if weight.dim() == 2)
+        heads = (1 + config.mtp_num_heads) * config.vocab_size * config.model_dim
+        attention = 7.0 * config.num_layers * config.train_seq_len * config.model_dim
+        return self.tokens * (6.0 * (blocks + heads) + attention)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of weights and optimizer state, which lie there between steps."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        for optimizer in self.optimizers.all:
+            for state in optimizer.state.values():
+                tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def __call__(self, index: int) -> Tensor:
         """Takes a step on batch `index`; returns the loss. Profilers see its `STAGES`."""
         inputs_BT, targets_BT = self.batches[index % len(self.batches)]

@@ -86,6 +86,19 @@ def interleaved(
     }
 
 
+def wall(function: Callable[[], object], *, device: torch.device, rounds: int) -> Times:
+    """Wall times of calls that do much on the host and wait for the device; one call before them is not counted."""
+    function()
+    samples = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        samples.append(time.perf_counter() - begin)
+    return Times(tuple(samples), statistics.median(samples), peak_bytes=0)
+
+
 class _Host:
     """A CPU, which runs a function when it is called."""
 
@@ -110,6 +123,7 @@ class _Device:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cycles_per_second = self._sleep_rate()
+        self._long_enough: dict[Timed, float] = {}  # seconds that the queue has to be held up
 
     def _sleep_rate(self) -> float:
         cycles = 20_000_000
@@ -130,7 +144,7 @@ class _Device:
         return max(1, min(MAX_CALLS, round(SAMPLE_SECONDS / seconds)))
 
     def sample(self, function: Timed, position: int, calls: int, sets: int) -> tuple[float, float]:
-        asleep = 2e-4 * calls + 5e-4
+        asleep = self._long_enough.get(function, 1e-4 * calls + 5e-4)
         while asleep <= MAX_SLEEP_SECONDS:
             torch.cuda.synchronize(self.device)
             begin, end = self._events()
@@ -144,6 +158,7 @@ class _Device:
             end.record()
             end.synchronize()
             if waited:
+                self._long_enough[function] = asleep
                 return begin.elapsed_time(end) * 1e-3 / calls, host / calls
             asleep = 2 * max(asleep, host)
         raise MeasurementError(

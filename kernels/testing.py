@@ -35,20 +35,21 @@ class Draw:
 
     dtype: torch.dtype
     device: torch.device
-    generator: torch.Generator  # on the CPU, so that every device gets the same numbers
+    generator: torch.Generator  # on the CPU where every device is to get the same numbers
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, size: float = 1.0) -> Tensor:
         """Normal numbers of standard deviation `size`."""
-        values = torch.randn(shape, generator=self.generator) * size
+        values = torch.randn(shape, generator=self.generator, device=self.generator.device) * size
         return values.to(self.device, dtype or self.dtype)
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """Whole numbers from `low` up to, not including, `high`."""
-        return torch.randint(low, high, shape, generator=self.generator).to(self.device, dtype)
+        drawn = torch.randint(low, high, shape, generator=self.generator, device=self.generator.device)
+        return drawn.to(self.device, dtype)
 
     def starts(self, *shape: int) -> Tensor:
         """True for one position in five."""
-        return torch.rand(shape, generator=self.generator).lt(0.2).to(self.device)
+        return torch.rand(shape, generator=self.generator, device=self.generator.device).lt(0.2).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,17 @@ class Case:
         """The reference."""
         return getattr(reference, self.op)
 
-    def draw(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Any]:
-        """Keyword arguments for one call."""
-        generator = torch.Generator().manual_seed(seed)
+    def draw(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int = 0,
+        *,
+        generator_device: torch.device | str = "cpu",
+    ) -> dict[str, Any]:
+        """Keyword arguments for one call; drawn on the CPU, every device gets the same numbers."""
+        generator = torch.Generator(generator_device).manual_seed(seed)
         return {**self.inputs(Draw(dtype, device, generator), *shape), **self.options}
 
 

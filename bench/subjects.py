@@ -1,0 +1,200 @@
+"""What is measured of the ops: which op, on inputs of which shape and dtype, and how much work that is.
+
+Shapes are written as in `kernels.testing`: smear_gate B x T x D, bigram_hash B x T x K, bigram_hash_embed
+B x T x K x D, input_stage B x T x V x K x D, the int6 ops R x C.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from bench.tokens import token_batch
+from golfmodel.config import resolve
+from golfmodel.model.gpt import GPT
+from golfmodel.model.parameters import Group, Storage, exported_parameters, parameter_specs
+from kernels import reference, testing
+
+Draw = Callable[[torch.device, int], dict[str, Any]]  # (device, seed) -> keyword arguments
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One op on inputs of one shape and dtype."""
+
+    op: str  # its name in `kernels`
+    shape: str
+    dtype: str
+    draw: Draw
+    function: Callable[..., Any]  # the public op
+    definition: Callable[..., Any]  # the reference
+    checked_as: str  # subjects of one op, dtype and name of a check stand or fall together
+    check: Callable[[torch.device], None]  # raises `kernels.testing.MismatchError`
+    differentiable: Sequence[str] = ()
+    flops: float = 0.0  # of a forward pass; 0 where bytes are what takes the time
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """ "forward", and "backward" where there is something to do."""
+        return ("forward", "backward") if self.differentiable else ("forward",)
+
+    @property
+    def label(self) -> str:
+        """As a test id."""
+        return f"{self.op}-{self.shape}-{self.dtype}"
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors_of(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from tensors_of(entry)
+
+
+def subjects(*, on_gpu: bool) -> list[Subject]:
+    """All ops at the seed model's shapes and others; a few small shapes where there is no GPU."""
+    shapes = _GPU_SHAPES if on_gpu else _CPU_SHAPES
+    found = [_of_case(name, shape, _DTYPES[name]) for name, several in shapes.items() for shape in several]
+    preset = "seed" if on_gpu else "demo"
+    return [*found, *_of_the_model(preset, f"the-{preset}-model")]
+
+
+_MATRICES = ((1536, 512), (4096, 4096), (36864, 512))
+_GPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
+    "smear_gate": ((1, 2048, 512), (8, 2048, 512), (48, 2048, 512)),
+    "bigram_hash": ((8, 2048, 2048), (48, 2048, 2048)),
+    "bigram_hash_embed": ((8, 2048, 2048, 512), (48, 2048, 2048, 512)),
+    "input_stage": ((8, 2048, 1024, 2048, 512), (48, 2048, 1024, 2048, 512)),
+    "quantize_int6": _MATRICES,
+    "dequantize_int6": _MATRICES,
+    "fake_quantize_int6 to bfloat16": _MATRICES,
+    "pack_int6": _MATRICES,
+    "unpack_int6": _MATRICES,
+}
+_CPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
+    "smear_gate": ((8, 256, 128),),
+    "bigram_hash": ((8, 256, 1024),),
+    "bigram_hash_embed": ((8, 256, 1024, 128),),
+    "input_stage": ((8, 256, 1024, 1024, 128),),
+    **{name: ((384, 128),) for name in _GPU_SHAPES if "int6" in name},
+}
+# What the model computes in: 16-bit activations, float32 weights. The others say what goes in.
+_DTYPES = {name: torch.float32 if "int6" in name else torch.bfloat16 for name in _GPU_SHAPES}
+_DTYPE_LABELS = {
+    "bigram_hash": "int64",
+    "dequantize_int6": "int8-to-float32",
+    "fake_quantize_int6": "float32-to-bfloat16",
+    "pack_int6": "int8",
+    "unpack_int6": "uint8",
+}
+
+
+def _of_case(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Subject:
+    case = next(case for case in testing.CASES if case.name == name)
+
+    def draw(device: torch.device, seed: int) -> dict[str, Any]:
+        arguments = case.draw(shape, dtype, device, seed, generator_device=device)
+        if case.op == "dequantize_int6":
+            arguments["dtype"] = torch.float32
+        if "tokens_BT" in arguments:
+            arguments["tokens_BT"] = token_batch(*shape[:2], 1024, device, seed=seed)
+        return arguments
+
+    return Subject(
+        op=case.op,
+        shape="x".join(map(str, shape)),
+        dtype=_DTYPE_LABELS.get(case.op, str(dtype).removeprefix("torch.")),
+        draw=draw,
+        function=case.function,
+        definition=case.definition,
+        checked_as=name,
+        check=functools.partial(_check_case, case, dtype),
+        # the gradient of a fake quantization is the one it was given
+        differentiable=() if case.op == "fake_quantize_int6" else case.differentiable,
+    )
+
+
+def _check_case(case: testing.Case, dtype: torch.dtype, device: torch.device) -> None:
+    for shape in case.shapes:
+        testing.check(case, shape, dtype, device)
+
+
+def _of_the_model(preset: str, shape: str) -> list[Subject]:
+    """The ops that take lists, on all the matrices of a preset's model in one call."""
+    with torch.device("meta"):
+        model = GPT(resolve(["--preset", preset], {}))
+    stored = [tuple(t.shape) for t, storage in exported_parameters(model).values() if storage is Storage.INT6]
+    specs = parameter_specs(model)
+    trained = [tuple(p.shape) for name, p in model.named_parameters() if specs[name].group is Group.MATRIX]
+
+    def matrices(shapes: Sequence[tuple[int, int]], device: torch.device, seed: int) -> list[Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        return [0.04 * torch.randn(each, generator=generator, device=device) for each in shapes]
+
+    def codes(device: torch.device, seed: int) -> list[tuple[Tensor, Tensor]]:
+        return [reference.quantize_int6(weight) for weight in matrices(stored, device, seed)]
+
+    def each(definition: Callable[..., Any]) -> Callable[..., list]:
+        return lambda **lists: [definition(*entries) for entries in zip(*lists.values(), strict=True)]
+
+    draws: dict[str, Draw] = {
+        "quantize_int6": lambda device, seed: {"weight_RC": matrices(stored, device, seed)},
+        "dequantize_int6": lambda device, seed: dict(
+            zip(("codes", "scale"), map(list, zip(*codes(device, seed), strict=True)), strict=True)
+        ),
+        "pack_int6": lambda device, seed: {"codes_RC": [code for code, _ in codes(device, seed)]},
+    }
+    found = []
+    for op, draw in draws.items():
+        function, definition = getattr(kernels, op), each(getattr(reference, op))
+        check = functools.partial(_check_exact, op, draw, function, definition)
+        dtype = _DTYPE_LABELS.get(op, "float32")
+        found.append(Subject(op, shape, dtype, draw, function, definition, f"{op} of a list", check))
+    orthogonalised = {
+        "draw": lambda device, seed: {"matrices": matrices(trained, device, seed)},
+        "function": kernels.newton_schulz,
+        "definition": reference.newton_schulz,
+    }
+    found.append(
+        Subject(
+            op="newton_schulz",
+            shape=shape,
+            dtype="float32",
+            checked_as="newton_schulz of a list",
+            check=functools.partial(_check_sums, "newton_schulz", *orthogonalised.values()),
+            flops=sum(newton_schulz_flops(*each) for each in trained),
+            **orthogonalised,
+        )
+    )
+    return found
+
+
+def newton_schulz_flops(rows: int, columns: int, steps: int = 5) -> float:
+    """Of the products, each in full: for m <= n, steps * (2 m^2 n + 2 m^3 + 2 m^2 n)."""
+    m, n = sorted((rows, columns))
+    return steps * (4.0 * m * m * n + 2.0 * m**3)
+
+
+def _check_exact(op: str, draw: Draw, function: Callable, definition: Callable, device: torch.device) -> None:
+    arguments = draw(device, 1)
+    ours, theirs = (tensors_of(each(**arguments)) for each in (function, definition))
+    for index, (result, wanted) in enumerate(zip(ours, theirs, strict=True)):
+        testing.compare(f"{op}: tensor {index} of the list", [(result, wanted, wanted)], exact=True)
+
+
+def _check_sums(op: str, draw: Draw, function: Callable, definition: Callable, device: torch.device) -> None:
+    arguments = draw(device, 1)
+    doubles = {name: [tensor.double() for tensor in several] for name, several in arguments.items()}
+    ours, eager, truth = (function(**arguments), definition(**arguments), definition(**doubles))
+    for index, results in enumerate(zip(ours, eager, truth, strict=True)):
+        testing.compare(f"{op}: matrix {index} of the list", [results])
