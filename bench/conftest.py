@@ -40,16 +40,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_columns = ["median", "iqr", "rounds"]
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Versions and ceilings in place of the host's name and processor flags."""
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Versions in place of the host's name and processor flags: pytest-benchmark warns where a baseline has others."""
     machine_info.clear()
-    machine_info.update(versions())
-    if CEILINGS in config.stash:
-        machine_info["ceilings"] = vars(config.stash[CEILINGS])
+    machine_info.update({name: value for name, value in versions().items() if name != "commit"})
 
 
-def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """A results file holds what the samples say, not the samples."""
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """A results file holds the run's ceilings, and what the samples say, not the samples."""
+    output_json["commit"] = versions()["commit"]
+    output_json["ceilings"] = vars(config.stash[CEILINGS])
     for row in output_json["benchmarks"]:
         row["stats"].pop("data", None)
 

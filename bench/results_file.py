@@ -15,14 +15,16 @@ class Results:
     """What one run measured."""
 
     path: Path
-    environment: dict[str, Any]  # versions, and the ceilings of the run
+    environment: dict[str, Any]  # versions
+    commit: str | None
+    ceilings: dict[str, float]  # what `vars` of a `bench.ceilings.Ceilings` is
     rows: dict[str, dict[str, Any]]  # by the test's name: what `Row.info` gives, and the median in seconds
 
     @property
     def described(self) -> str:
         """GPU, versions, commit and ceilings in one line."""
-        found, ceilings = self.environment, self.environment["ceilings"]
-        commit = (found["commit"] or "no commit")[:12]
+        found, ceilings = self.environment, self.ceilings
+        commit = (self.commit or "no commit")[:12]
         return (
             f"{found['gpu'] or 'CPU'}, driver {found['driver'] or 'none'}, torch {found['torch']}, triton "
             f"{found['triton'] or 'none'}, Python {found['python']}, commit {commit}; copy "
@@ -41,7 +43,7 @@ def read_results(path: Path) -> Results:
         rows = {
             row["fullname"]: {**row["extra_info"], "median": row["stats"]["median"]} for row in content["benchmarks"]
         }
-        results = Results(path, content["machine_info"], rows)
+        results = Results(path, content["machine_info"], content["commit"], content["ceilings"], rows)
         described = results.described
     except FileNotFoundError as error:
         raise DataError(f"there is no results file {path}: run `pytest bench/ --benchmark-json={path}`") from error

@@ -84,6 +84,11 @@ def test_nothing_depends_on_benchmarks_tests_or_the_front_door(path):
     assert not [module for module in imports_of(path) if module.split(".")[0] in OUTSIDE]
 
 
+@pytest.mark.parametrize("path", files_of("bench"), ids=label)
+def test_benchmarks_use_what_they_measure_and_no_tests(path):
+    assert not [module for module in imports_of(path) if module.split(".")[0] in {"tests", "train"}]
+
+
 @pytest.mark.parametrize("path", [*SOURCES, *files_of("bench")], ids=label)
 def test_no_pickle(path):
     modules = {module.split(".")[0] for module in imports_of(path)}
