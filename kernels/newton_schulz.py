@@ -2,13 +2,72 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from kernels import dispatch
+from kernels import dispatch, reference
 from kernels.checks import FLOATS, check_device, check_dtype, check_integer
-from kernels.reference import NAMED_COEFFICIENTS, Triple
+from kernels.newton_schulz_tiles import orthogonalize
+from kernels.reference import NAMED_COEFFICIENTS, Triple, coefficients_per_step
+from kernels.registration import is_traced
+
+
+def _run(matrices: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tensor]:
+    """Of tensors [..., M, N], none of them empty or float64; the coefficients of all steps in one row."""
+    triples = tuple(zip(*[iter(coefficients)] * 3, strict=True))
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        by_dtype.setdefault(matrix.dtype, []).append(index)
+    results: dict[int, Tensor] = {}
+    for indices in by_dtype.values():
+        batches = []
+        for index in indices:
+            *leading, rows, columns = matrices[index].shape
+            batches.append(matrices[index].detach().contiguous().view(math.prod(leading), rows, columns))
+        for index, result in zip(indices, orthogonalize(batches, triples), strict=True):
+            results[index] = result.view(matrices[index].shape)
+    return [results[index] for index in range(len(matrices))]
+
+
+@torch.library.custom_op("golf::newton_schulz", mutates_args=())
+def _traced(matrices: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tensor]:
+    """`_run` where something traces: there no result may share memory with another."""
+    return [result.clone() for result in _run(matrices, coefficients)]
+
+
+@_traced.register_fake
+def _fake(matrices: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tensor]:
+    return [torch.empty(matrix.shape, dtype=torch.bfloat16, device=matrix.device) for matrix in matrices]
+
+
+@dispatch.register_triton("newton_schulz")
+def _op(
+    matrices: Tensor | Sequence[Tensor],
+    *,
+    steps: int,
+    coefficients: str | Triple | Sequence[Triple] | None,
+) -> Tensor | list[Tensor] | tuple[Tensor, ...]:
+    if isinstance(matrices, Tensor):
+        return _op([matrices], steps=steps, coefficients=coefficients)[0]
+    differentiated = torch.is_grad_enabled() and any([matrix.requires_grad for matrix in matrices])
+    if differentiated or _is_captured(matrices):
+        return reference.newton_schulz(matrices, steps=steps, coefficients=coefficients)
+    ours = [index for index, matrix in enumerate(matrices) if matrix.numel() and matrix.dtype != torch.float64]
+    flat = [float(number) for triple in coefficients_per_step(coefficients, steps) for number in triple]
+    run = _traced if is_traced(matrices) else _run
+    results = dict(zip(ours, run([matrices[index] for index in ours], flat), strict=True)) if ours else {}
+    rest = [index for index in range(len(matrices)) if index not in results]
+    others = reference.newton_schulz([matrices[index] for index in rest], steps=steps, coefficients=coefficients)
+    results.update(zip(rest, others, strict=True))
+    return type(matrices)([results[index] for index in range(len(matrices))])
+
+
+def _is_captured(matrices: Sequence[Tensor]) -> bool:
+    """Whether a CUDA graph records the op: it would keep the address of a table that does not outlive the call."""
+    return matrices[0].is_cuda and not is_traced(matrices) and torch.cuda.is_current_stream_capturing()
 
 
 def newton_schulz(
@@ -41,8 +100,11 @@ def newton_schulz(
 
     Returns:
         Tensors of the inputs' shapes, in the structure they came in; bfloat16, or float64 for float64. None
-        shares memory with an input; they need not be contiguous. Zeros give zeros; a NaN or an infinity
-        anywhere in a matrix makes that whole matrix NaN.
+        shares memory with an input; they need not be contiguous, and those of a list may share one piece of
+        memory. Zeros give zeros; a NaN or an infinity anywhere in a matrix makes that whole matrix NaN.
+
+        A matrix's result does not depend on what else is in the list. Where a gradient is asked for, for float64, and
+        in a CUDA graph's capture, the reference runs.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.

@@ -17,7 +17,13 @@ def is_traced(arguments: Iterable[Any]) -> bool:
     """Whether something records the ops on these arguments, so that they need a registered op."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
-    return any([isinstance(argument, Tensor) and type(argument) not in _PLAIN for argument in arguments])
+    return any([_stands_in(argument) for argument in arguments])
+
+
+def _stands_in(argument: Any) -> bool:
+    if isinstance(argument, (list, tuple)):
+        return any([_stands_in(entry) for entry in argument])
+    return isinstance(argument, Tensor) and type(argument) not in _PLAIN
 
 
 def register(

@@ -142,6 +142,10 @@ def _packed(draw: Draw, r: int, c: int) -> dict[str, Any]:
     return {"packed": draw.integers(0, 256, r, 3 * -(-c // 4), dtype=torch.uint8), "num_columns": c}
 
 
+def _matrix(draw: Draw, m: int, n: int) -> dict[str, Any]:
+    return {"matrices": draw.normal(m, n, size=0.02)}
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """Of the parameters that stay in float32 beside 16-bit activations."""
     return torch.float32 if dtype in HALVES else dtype
@@ -245,6 +249,15 @@ CASES: tuple[Case, ...] = (
         exact=("output", "grad weight_RC"),
         options={"dtype": torch.bfloat16},
         **_MATRICES,
+    ),
+    Case(
+        name="newton_schulz",
+        op="newton_schulz",
+        inputs=_matrix,
+        shapes=((1, 1), (3, 127), (127, 3), (130, 129), (1, 513)),
+        empty=((0, 4), (4, 0)),
+        model=(1536, 512),
+        ranges=((1, 150), (1, 300)),
     ),
     Case(name="pack_int6", op="pack_int6", inputs=_codes, dtypes=(torch.float32,), **_MATRICES),
     Case(name="unpack_int6", op="unpack_int6", inputs=_packed, dtypes=(torch.float32,), **_MATRICES),

