@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,42 +11,28 @@ from pathlib import Path
 import pytest
 
 from bench import peer
+from bench.watched_run import MARKER, Run
 from golfmodel.data.shards import find_shards, open_shard, write_shard
 from golfmodel.data.tokenizer import Tokenizer
 from golfmodel.runtime.versions import PROJECT_ROOT
 
-# A script that prints what the challenge's scripts print, faster. Its step takes STEP_MS by its own clock; `extra` goes
-# before the steps, where `last`, `every` and `say` are known.
+# A script that prints what the challenge's scripts print, faster. Its step takes STEP_MS by its own clock.
 SCRIPT = """\
-import json, os, subprocess, sys, time
+import json, os, sys, time
 from pathlib import Path
 
 last, every = int(os.environ["ITERATIONS"]), int(os.environ["TRAIN_LOG_EVERY"])
-step_ms = float(os.environ.get("STEP_MS", 7.5))
-
-def say(step, what="train"):
-    ms = 1000 + step_ms * step
-    print(f"step:{{step}}/{{last}} {{what}}_loss:3.1 train_time:{{ms:.0f}}ms step_avg:{{ms / max(step, 1):.2f}}ms")
-
-print("logs/run.txt")
-print("warmup_step:1/20")
 {extra}
-for step in range(1, last + 1):
-    if step <= 10 or step % every == 0:
-        say(step)
-say(last, "val")
+for step in (1, *range(every, last + 1, every)):
+    print(f"step:{{step}}/{{last}} train_loss:3.1 train_time:{{1000 + float(os.environ['STEP_MS']) * step}}ms")
 time.sleep(60)  # scoring
-"""
-
-DUMP = """
-dumped = {"environment": dict(os.environ), "directory": os.getcwd(), "path": sys.path}
-Path(os.environ["DUMP"]).write_text(json.dumps(dumped))
 """
 
 
 @pytest.fixture
-def script(tmp_path):
+def script(tmp_path, monkeypatch):
     """Writes the script above, with some lines more, and returns its path."""
+    monkeypatch.setenv("STEP_MS", "7.5")
 
     def write(extra: str = "", name: str = "record/train_gpt.py") -> Path:
         path = tmp_path / name
@@ -88,22 +72,9 @@ def complaint(capsys):
         assert peer.main(arguments) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
-        progress, error, said = printed.err.partition("error: ")
-        assert error
-        assert all(line.startswith("round ") for line in progress.splitlines())
-        return said
+        return printed.err
 
     return run
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and that nobody has asked about does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def marked_by(pid: int) -> list[str]:
@@ -111,77 +82,9 @@ def marked_by(pid: int) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
-            if f"{peer.MARKER}={pid}-".encode() in path.read_bytes():
+            if f"{MARKER}={pid}-".encode() in path.read_bytes():
                 found.append(path.parent.name)
     return found
-
-
-@pytest.mark.parametrize(
-    ("text", "step", "train_ms"),
-    [
-        ("step:20/200 train_loss:3.1 train_time:1720ms step_avg:86.01ms", 20, 1720),
-        ("step:20/200 train_loss:3.1000 lr_scale:1.000 train_time:1720ms step_avg:86.01ms tok/s:9,143", 20, 1720),
-        ("step:20/200 train_loss:3.1 step_avg:86.01ms\n", 20, 1720.2),
-        ("  step:20/200 loss:3.1 t:1720.5ms avg:86.0ms", 20, 1720.5),
-        ("step 20/200 loss: 3.1 time: 1720 ms", 20, 1720),
-        ("20/20000 train_loss: 3.1 train_time: 0.1m tok/s: 8100000", 20, None),
-        ("step:20/200 loss:3.1", 20, None),
-    ],
-)
-def test_lines_about_steps(text, step, train_ms):
-    line = peer.parse_step_line(text, 12.0)
-    assert (line.step, line.arrival_ms, line.validation) == (step, 12.0, False)
-    assert line.train_ms == (None if train_ms is None else pytest.approx(train_ms))
-
-
-def test_a_validation_line():
-    line = peer.parse_step_line("step:20/200 val_loss:3.1 val_bpb:1.9 train_time:1720ms step_avg:86.01ms")
-    assert (line.step, line.validation) == (20, True)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "warmup_step:3/20",
-        "warmup_step:3/20 train_loss:3.1",
-        "stopping_early: wallclock_cap train_time:600000ms step:20/200",
-        "final_int8_zlib_roundtrip val_loss:3.1 val_bpb:1.9 eval_time:900ms",
-        "train_batch_tokens:524288 train_seq_len:1024 iterations:20000",
-        "training: 20/200 steps in 1.7s loss:3.1",
-    ],
-)
-def test_other_lines(text):
-    assert peer.parse_step_line(text) is None
-
-
-def lines_of(*points: tuple[int, float | None]) -> list[peer.StepLine]:
-    """Lines that come 40 ms a step apart."""
-    return [peer.StepLine(step, 40.0 * step, train_ms, validation=False) for step, train_ms in points]
-
-
-@pytest.mark.parametrize(
-    ("lines", "expected"),
-    [
-        (lines_of((1, 900), (10, 1000), (20, 1500), (40, 2500), (80, 5100)), 60.0),
-        (lines_of((19, 1490), (25, 1500), (50, 4000)), 100.0),  # on beats of its own
-        (lines_of((1, 900), (10, 1000), (80, 5100)), None),
-        ([], None),
-    ],
-)
-def test_time_per_step_is_from_the_first_line_after_the_warm_up_to_the_last(lines, expected):
-    assert peer.ms_per_step(lines, 20, "train_ms") == expected
-
-
-def test_time_per_step_leaves_validation_lines_out():
-    late = peer.StepLine(80, 9e9, 9e9, validation=True)
-    assert peer.ms_per_step([*lines_of((20, 1500), (60, 3500)), late], 20, "train_ms") == 50.0
-
-
-def test_time_per_step_by_arrival():
-    lines = lines_of((20, None), (80, None))
-    assert peer.ms_per_step(lines, 20, "train_ms") is None
-    assert peer.ms_per_step(lines, 20, "arrival_ms") == 40.0
 
 
 def test_contenders_alternate_in_who_goes_first():
@@ -193,14 +96,8 @@ def test_contenders_alternate_in_who_goes_first():
     ]
 
 
-def test_the_import_path_loses_this_checkout_only():
-    here, other = str(PROJECT_ROOT), "/opt/site"
-    cleaned = peer.clean_environment({"PYTHONPATH": os.pathsep.join([here, other, f"{here}/"]), "HOME": "/root"})
-    assert cleaned == {"PYTHONPATH": other, "HOME": "/root"}
-    assert peer.clean_environment({"PYTHONPATH": here}) == {}
-
-
-def test_figures_table_and_json(script, ours, corpus, tmp_path, capsys):
+def test_figures_table_and_json(script, ours, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     ours()
     out = tmp_path / "out.json"
     status = peer.main(
@@ -246,72 +143,42 @@ def test_figures_table_and_json(script, ours, corpus, tmp_path, capsys):
 
 def test_what_scripts_see(script, ours, corpus, tmp_path, monkeypatch):
     """Each run has a directory of its own outside the checkout; caches are kept from a contender's run to its next."""
-    monkeypatch.setenv("PYTHONPATH", str(PROJECT_ROOT))
-    monkeypatch.setenv("UNRELATED", "kept")
     monkeypatch.setenv("TRAIN_SEQ_LEN", "256")
-    ours("os.environ['DUMP'] += '-ours'\n" + DUMP)
-    number = itertools.count()
-    run_once = peer.run_once
-    seen: list[tuple[str, dict]] = []
-
-    def run_and_read(contender, *arguments, **options):
-        dump = tmp_path / f"dump-{next(number)}"
-        monkeypatch.setenv("DUMP", str(dump))
-        run = run_once(contender, *arguments, **options)
-        written = Path(f"{dump}-ours" if contender.name == "ours" else dump)
-        seen.append((contender.name, json.loads(written.read_text())))
-        return run
-
-    monkeypatch.setattr(peer, "run_once", run_and_read)
-    assert peer.main([f"--script={script(DUMP)}", *corpus, "--steps=45", "--env=TRAIN_BATCH_TOKENS=4096"]) == 0
-    assert [name for name, _ in seen] == ["ours", "record/train_gpt.py", "record/train_gpt.py", "ours"]
-    assert len({dumped["directory"] for _, dumped in seen}) == 4
-    for _, dumped in seen:
-        environment = dumped["environment"]
-        assert environment["UNRELATED"] == "kept"
-        assert environment["ITERATIONS"] == "80"
-        assert (environment["TRAIN_BATCH_TOKENS"], environment["TRAIN_SEQ_LEN"]) == ("4096", "256")
-        assert environment["VOCAB_SIZE"] == "1024"
-        assert str(PROJECT_ROOT) not in [environment.get("PYTHONPATH"), *dumped["path"]]
-        assert not Path(dumped["directory"]).is_relative_to(PROJECT_ROOT)
-        assert environment["RUNS_DIR"].startswith(dumped["directory"])
-        assert not Path(dumped["directory"]).exists()
-        shard = find_shards(environment["DATA_PATH"], "train")[0]
+    monkeypatch.setenv("DUMP", str(tmp_path))
+    seen = "{**os.environ, 'script': __file__, 'directory': os.getcwd()}"
+    dump = f"Path(os.environ['DUMP'], str(time.time_ns()) + '.seen').write_text(json.dumps({seen}))"
+    their_script, our_script = script(dump), ours(dump)
+    out = tmp_path / "out.json"
+    arguments = [f"--script={their_script}", *corpus, "--steps=45", "--env=TRAIN_BATCH_TOKENS=4096", f"--output={out}"]
+    assert peer.main(arguments) == 0
+    told = json.loads(out.read_text())["environment"]
+    runs = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.seen"))]
+    assert [run["script"] for run in runs] == [str(each) for each in (our_script, *[their_script] * 2, our_script)]
+    assert len({run["directory"] for run in runs}) == 4
+    for run in runs:
+        name = "ours" if run["script"] == str(our_script) else "record/train_gpt.py"
+        assert told[name].items() <= run.items()
+        assert (run["ITERATIONS"], run["TRAIN_BATCH_TOKENS"], run["TRAIN_SEQ_LEN"]) == ("80", "4096", "256")
+        assert not Path(run["directory"]).is_relative_to(PROJECT_ROOT)
+        assert not Path(run["directory"]).exists()
+        shard = find_shards(run["DATA_PATH"], "train")[0]
         assert (shard.name, len(open_shard(shard))) == ("fineweb_train_000000.bin", 5000)
-    caches = {(name, dumped["environment"]["TORCHINDUCTOR_CACHE_DIR"]) for name, dumped in seen}
-    assert len(caches) == len({cache for _, cache in caches}) == 2
+    caches = {(run["script"], run["TORCHINDUCTOR_CACHE_DIR"], run["TRITON_CACHE_DIR"]) for run in runs}
+    assert len(caches) == len({cache for _, *both in caches for cache in both}) // 2 == 2
 
 
 def test_random_tokens(tmp_path):
-    data_path, tokenizer_path = peer.synthetic_corpus(tmp_path / "data", 200_000)
+    data_path = tmp_path / "data"
+    tokenizer = Tokenizer(peer.synthetic_corpus(data_path, 200_000), 1024)
     assert sorted(path.name for path in data_path.glob("*.bin")) == [
         "fineweb_train_000000.bin",
         "fineweb_val_000000.bin",
     ]
-    tokenizer = Tokenizer(tokenizer_path, 1024)
     tokens = open_shard(data_path / "fineweb_train_000000.bin")
     assert len(tokens) == 200_001
     assert tokens.max() < 1024
     assert 10 < (tokens == tokenizer.bos_id).sum() < 100
     assert (open_shard(data_path / "fineweb_val_000000.bin")[:1000] != tokens[:1000]).any()
-
-
-@pytest.mark.parametrize("obeys", [True, False])
-def test_nothing_is_left_behind(obeys, script, ours, corpus, tmp_path, monkeypatch):
-    """Not even a child in a session of its own, as torchrun's workers are, or one that ignores SIGTERM."""
-    monkeypatch.setattr(peer, "GRACE_SECONDS", 2.0 if obeys else 0.2)
-    ours()
-    deaf = "" if obeys else "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-    extra = f"""
-child = [sys.executable, "-c", "{deaf}import time; print(0, flush=True); time.sleep(60)"]
-child = subprocess.Popen(child, start_new_session=True, stdout=subprocess.PIPE)
-child.stdout.readline()
-Path("{tmp_path}/pids").write_text(f"{{os.getpid()}} {{child.pid}}")
-"""
-    assert peer.main([f"--script={script(extra)}", *corpus, "--rounds=1"]) == 0
-    pids = [int(text) for text in (tmp_path / "pids").read_text().split()]
-    assert len(pids) == 2
-    assert not [pid for pid in pids if is_alive(pid)]
 
 
 def test_ended_from_outside_it_ends_the_script(script, corpus):
@@ -328,71 +195,71 @@ def test_ended_from_outside_it_ends_the_script(script, corpus):
     assert not marked_by(process.pid)
 
 
-def test_a_script_that_dies_before_its_first_step(script, ours, corpus, complaint):
+def test_a_script_that_takes_no_step_ends_the_comparison(script, ours, corpus, complaint):
     ours()
-    path = script("print('about to fail'); raise RuntimeError('no such kernel')")
-    said = complaint(f"--script={path}", *corpus, "--rounds=1")
-    assert "record/train_gpt.py ended with exit status 1 before its first step" in said
-    assert "about to fail" in said
-    assert "RuntimeError: no such kernel" in said
+    said = complaint(f"--script={script('sys.exit(3)')}", *corpus)
+    assert "round 1, ours: 7.50 ms/step" in said
+    assert "error: record/train_gpt.py ended with exit status 3 before its first step" in said
+
+
+def test_a_run_that_is_cut_short_supports_no_claim(script, ours, corpus, capsys):
+    ours()
+    path = script("print('step:20/80 train_loss:3.1'); sys.exit(3)")
+    assert peer.main([f"--script={path}", *corpus, "--rounds=1"]) == 1
+    printed = capsys.readouterr().out
+    assert "| ours | 7.50 (7.50 to 7.50) |" in printed
+    assert "| record/train_gpt.py | cut short |" in printed
+    assert "round 1, record/train_gpt.py: ended with exit status 3 after step 20 of 80" in printed
+    assert "no claim" in printed
+    assert "times as fast" not in printed
+
+
+def a_run(**changes) -> Run:
+    """One that went as it should."""
+    figures = {"ms_per_step": 50.0, "clock": "train_ms", "ms_per_step_by_arrival": 50.0, "peak_memory_bytes": 2 * 10**9}
+    steps = {"first_step": 1, "first_step_seconds": 30.0, "last_step": 80}
+    return Run(**{"contender": "peer", "round": 0, **figures, **steps, "problem": None, "last_output": (), **changes})
+
+
+def test_figures_over_rounds():
+    rounds = [
+        a_run(ms_per_step=pace, first_step_seconds=wait, peak_memory_bytes=peak)
+        for pace, wait, peak in ((52.0, 30.0, 1), (50.0, 5.0, 3), (57.0, 7.0, 2))
+    ]
+    assert peer.summarize(rounds, 5200) == {
+        "peer": {
+            "ms_per_step": 52.0,
+            "ms_per_step_min": 50.0,
+            "ms_per_step_max": 57.0,
+            "tokens_per_second": 100_000.0,
+            "first_step_seconds_cold": 30.0,
+            "first_step_seconds_warm": 6.0,
+            "peak_memory_bytes": 3,
+        }
+    }
+    cut_short = a_run(ms_per_step=None, peak_memory_bytes=None, problem="ended")
+    figures = peer.summarize([*rounds, cut_short], 5200)["peer"]
+    assert (figures["ms_per_step"], figures["tokens_per_second"], figures["peak_memory_bytes"]) == (None, None, None)
 
 
 @pytest.mark.parametrize(
-    "extra", ["print('compiling'); time.sleep(60)", "print('compiling'); os.close(1); time.sleep(60)"]
-)
-def test_a_script_that_never_takes_a_step(extra, script, ours, corpus, monkeypatch, capsys):
-    ours()
-    started = time.monotonic()
-    assert peer.main([f"--script={script(extra)}", *corpus, "--rounds=1", "--timeout=1"]) == 2
-    said = capsys.readouterr().err
-    assert "record/train_gpt.py printed no step line for 1 s (--timeout) before its first step" in said
-    assert "compiling" in said
-    assert time.monotonic() - started < 20
-
-
-@pytest.mark.parametrize(
-    ("extra", "problem"),
+    ("changes", "remark"),
     [
-        ("say(1); say(20); print('out of memory'); sys.exit(3)", "ended with exit status 3 after step 20 of 80"),
-        ("say(1); say(40); time.sleep(60)", "printed no step line for 1 s (--timeout) after step 40 of 80"),
-        ("say(1); say(80); time.sleep(60)", "printed no two lines about training steps 20 to 80"),
+        ({"first_step": 20}, "its first line was about step 20"),
+        ({"clock": "arrival_ms"}, "it prints no training time in ms: timed by when its lines came"),
+        ({"ms_per_step_by_arrival": 52.0}, "by when its lines came, 52.00 ms/step"),
+        ({"ms_per_step_by_arrival": 51.0}, None),
+        ({"ms_per_step_by_arrival": None}, None),
     ],
 )
-def test_a_run_that_is_cut_short_supports_no_claim(extra, problem, script, ours, corpus, tmp_path, capsys):
-    ours()
-    out = tmp_path / "out.json"
-    status = peer.main([f"--script={script(extra)}", *corpus, "--rounds=1", "--timeout=1", f"--output={out}"])
-    printed = capsys.readouterr()
-    assert status == 1
-    assert "| record/train_gpt.py | cut short |" in printed.out
-    assert f"round 1, record/train_gpt.py: {problem}" in printed.out
-    assert "no claim" in printed.out
-    assert "times as fast" not in printed.out
-    ours_run, theirs = json.loads(out.read_text())["runs"]
-    assert (ours_run["problem"], ours_run["last_output"], ours_run["ms_per_step"]) == (None, [], 7.5)
-    assert (theirs["problem"], theirs["ms_per_step"]) == (problem, None)
-    assert any("say" in extra and line.startswith("step:") for line in theirs["last_output"])
-
-
-def test_a_script_without_training_times(script, ours, corpus, tmp_path, capsys):
-    ours()
-    extra = (
-        "for step in (1, 20, 40, 80):\n    time.sleep(0.1)\n"
-        "    print(f'{step}/{last} train_loss: 3.1 train_time: 0.0m')\ntime.sleep(60)\n"
-    )
-    out = tmp_path / "out.json"
-    assert peer.main([f"--script={script(extra)}", *corpus, "--rounds=1", f"--output={out}"]) == 0
-    run = json.loads(out.read_text())["runs"][1]
-    assert run["clock"] == "arrival_ms"
-    assert 200 / 60 <= run["ms_per_step"] < 1000 / 60
-    assert "timed by when its lines came" in capsys.readouterr().out
-
-
-def test_another_batch_is_not_compared(script, ours, corpus, complaint):
-    ours()
-    path = script("print('train_batch_tokens:524288 train_seq_len:1024')")
-    said = complaint(f"--script={path}", *corpus)
-    assert "trains on 524288 tokens a step where TRAIN_BATCH_TOKENS is 786432" in said
+def test_what_a_reader_must_know_of_a_run(changes, remark):
+    runs = [a_run(), a_run(round=1, **changes)]
+    about = {"rounds": 2, "steps": 60, "warm_up_steps": 20, "batch_tokens": 4096, "train_seq_len": 512, "nproc": 1}
+    found = {"summary": peer.summarize(runs, 4096), "runs": [vars(run) for run in runs], "data": "synthetic"}
+    page = peer.report({**about, **found, "versions": {"torch": "2"}})
+    assert "| peer | 50.00 (50.00 to 50.00) | 81,920 | 30.0, then 30.0 | 2.00 |" in page
+    remarks = [line for line in page.splitlines() if line.startswith("round ")]
+    assert remarks == ([] if remark is None else [f"round 2, peer: {remark}"])
 
 
 @pytest.mark.parametrize(
@@ -426,64 +293,20 @@ def test_shards_that_scripts_would_not_find_are_refused(script, tiny_corpus, dem
     assert "no fineweb_train_*.bin" in said
 
 
-def test_memory_is_the_peak_over_what_was_in_use_before(tmp_path, monkeypatch):
-    """On the GPU where that is most, until it is stopped."""
-    used, calls = tmp_path / "used", tmp_path / "calls"
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f'#!/bin/sh\necho "$@" >> {calls}\ncat {used}\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(peer, "MEMORY_POLL_SECONDS", 0.01)
-
-    def set_used(text: str) -> None:
-        (tmp_path / "new").write_text(text)
-        (tmp_path / "new").replace(used)
-        seen = len(calls.read_text().splitlines()) if calls.exists() else 0
-        while watching and len(calls.read_text().splitlines()) < seen + 3:
-            time.sleep(0.01)
-
-    watching = False
-    set_used("700\n900\n")
-    memory = peer.MemoryWatch(["0", "1"])
-    watching = True
-    for text in ("600\n900\n", "5000\n5000\n", "[N/A]\n", "2000\n2000\n"):
-        set_used(text)
-    memory.stop()
-    watching = False
-    set_used("9000\n9000\n")
-    time.sleep(0.1)
-    assert memory.peak_bytes == 4400 * 2**20
-    expected = "--query-gpu=memory.used --format=csv,noheader,nounits -i 0,1"
-    assert set(calls.read_text().splitlines()) == {expected}
-
-
-def test_torchrun_starts_the_ranks(script, tmp_path):
-    extra = (
-        f"Path({str(tmp_path)!r}, 'rank-' + os.environ['RANK']).write_text(str(os.getpid()))\n"
-        "if os.environ['RANK'] != '0': time.sleep(60)\n"
-    )
-    contender = peer.Contender(
-        "two ranks", peer.command_of(script(extra), 2), {"ITERATIONS": "80", "TRAIN_LOG_EVERY": "20"}
-    )
-    run = peer.run_once(contender, 0, tmp_path / "run", batch_tokens=1, warm_up=20, last_step=80, gpus=[], timeout=60.0)
-    assert (run.ms_per_step, run.problem, run.peak_memory_bytes) == (7.5, None, None)
-    pids = [int(path.read_text()) for path in sorted(tmp_path.glob("rank-*"))]
-    assert len(pids) == 2
-    assert not [pid for pid in pids if is_alive(pid)]
-
-
 def test_ours_beside_a_script(script, tiny_options, tmp_path, capsys):
     """Our own script, as it is, on random tokens."""
     told = ("num_layers", "model_dim", "num_heads", "num_kv_heads", "bigram_vocab_size", "bigram_dim", "compute_dtype")
     sizes = ("train_seq_len", "train_batch_tokens", "micro_batch_tokens", "eval_seq_len", "warmup_steps", "device")
     settings = [f"--env={name.upper()}={tiny_options[name]}" for name in (*told, *sizes)]
+    settings.append("--env=OMP_NUM_THREADS=1")  # two threads wait for each other wherever other tests run beside them
+    counts = ("--rounds=1", "--steps=10", "--warm-up-steps=10")
     out = tmp_path / "out.json"
-    assert peer.main([f"--script={script()}", *settings, "--rounds=1", "--steps=20", f"--output={out}"]) == 0
+    assert peer.main([f"--script={script()}", *settings, *counts, f"--output={out}"]) == 0
     printed = capsys.readouterr().out
     result = json.loads(out.read_text())
     ours, theirs = result["runs"]
-    assert (ours["contender"], ours["clock"], ours["first_step"], ours["last_step"]) == ("ours", "train_ms", 1, 40)
-    assert ours["ms_per_step"] == pytest.approx(ours["ms_per_step_by_arrival"], rel=0.5)
+    assert (ours["contender"], ours["clock"], ours["first_step"], ours["last_step"]) == ("ours", "train_ms", 1, 20)
+    assert ours["ms_per_step_by_arrival"] > 0
     assert theirs["ms_per_step"] == 7.5
     assert result["summary"]["ours"]["tokens_per_second"] == pytest.approx(512e3 / ours["ms_per_step"])
     assert f"ours is {7.5 / ours['ms_per_step']:.2f} times as fast per step as record/train_gpt.py" in printed
