@@ -287,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
         add(flag, action="append", default=[], metavar="K=V", help=f"a variable for {whom}; repeatable")
     add("--reference", action="store_true", help="also run ours without Triton kernels (GOLF_KERNELS=reference)")
     add("--steps", type=int, default=60, metavar="N", help="measured, a multiple of the warm-up (default %(default)s)")
-    warm_up_help = "before those; at least 10, as scripts log each of the first 10 (default %(default)s)"
+    warm_up_help = "before those; better 10 or more, as scripts log each of the first 10 (default %(default)s)"
     add("--warm-up-steps", type=int, default=20, metavar="N", help=warm_up_help)
     add("--rounds", type=int, default=2, metavar="N", help="runs of each, in turn (default %(default)s)")
     add("--data-path", type=Path, metavar="DIR", help="fineweb_*.bin shards (default: random tokens)")

@@ -148,7 +148,12 @@ def render(content: Mapping[str, Any]) -> str:
         f"Ceilings: copy {rate['bytes_per_second'] / 1e12:.2f} TB/s, matmul "
         f"{rate['flops_per_second'] / 1e12:.3g} TFLOP/s."
     )
-    return "\n\n".join(("# One training step", described, times, _stage_table(content), _kernel_table(content, thing)))
+    legend = (
+        f"All figures are of one step. `of ceiling` is the least time for the bytes and operations of a {thing} at the "
+        f"ceilings' rates, over the time taken; `-` stands where they are not known, `{OUTSIDE}` for work of no stage."
+    )
+    tables = (_stage_table(content), _kernel_table(content, thing))
+    return "\n\n".join(("# One training step", described, times, legend, *tables))
 
 
 def _stage_table(content: Mapping[str, Any]) -> str:

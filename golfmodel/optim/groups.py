@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from golfmodel.config import Config
 from golfmodel.model.parameters import Group, parameter_specs
 from golfmodel.optim.muon import Muon
+from golfmodel.runtime.distributed import Ranks
 
 
 class Optimizers:
     """Muon for the matrices and AdamW for the rest, moved together.
 
+    Over several ranks the gradients are averaged here: the matrices' to their owners, the others' to everyone.
+
     Each parameter group keeps its full learning rate in `group["base_lr"]`; `set_schedule` scales all of them.
     """
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    def __init__(self, model: nn.Module, config: Config, ranks: Ranks | None = None) -> None:
         specs = parameter_specs(model)
         by_group: dict[Group, list[nn.Parameter]] = {group: [] for group in Group}
         for name, parameter in model.named_parameters():
             by_group[specs[name].group].append(parameter)
-        self.parameters = list(model.parameters())
+        self._ranks = ranks if ranks is not None and ranks.world_size > 1 else None
+        self._matrices = by_group[Group.MATRIX]
+        self._others = [p for group, several in by_group.items() if group is not Group.MATRIX for p in several]
         self.grad_clip_norm = config.grad_clip_norm
         self.muon = Muon(
             by_group[Group.MATRIX],
@@ -30,6 +37,7 @@ class Optimizers:
             weight_decay=config.muon_wd,
             momentum=config.muon_momentum,
             ns_steps=config.muon_backend_steps,
+            ranks=ranks,
         )
         embedding_lr = config.tied_embed_lr if config.tie_embeddings else config.embed_lr
         adam_groups = [
@@ -60,14 +68,37 @@ class Optimizers:
             group["momentum"] = momentum
 
     def step(self) -> None:
-        """Clips the global gradient norm, updates every parameter, and frees the gradients."""
+        """Averages gradients over the ranks, clips their global norm, updates every parameter, frees the gradients."""
+        if self._ranks is not None:
+            finish_reducing = self.muon.start_reducing()
+            self._ranks.average_gradients(self._others)
+            finish_reducing()
         if self.grad_clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip_norm, foreach=True)
+            self._clip()
+        finish_step = self.muon.start_step()
+        self.adam.step()
+        finish_step()
         for optimizer in self.all:
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+    def _clip(self) -> None:
+        parameters = [*self._matrices, *self._others]
+        if self._ranks is None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip_norm, foreach=True)
+            return
+        here, everywhere = (_square_of_norm(each, self._ranks.device) for each in (self._matrices, self._others))
+        norm = (self._ranks.reduce_sum(here) + everywhere).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip_norm, norm, foreach=True)
 
     def reset(self) -> None:
         """Forgets all state, as if no step had been taken."""
         for optimizer in self.all:
             optimizer.state.clear()
+
+
+def _square_of_norm(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Of all their gradients together, in float32 `[]`; of those that there are."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=device)
+    return torch.nn.utils.get_total_norm(gradients, foreach=True).float().square()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from golfmodel.optim.sharding import Shards
+from golfmodel.runtime.distributed import Ranks
 from kernels import newton_schulz
 
 
@@ -19,15 +21,20 @@ class Muon(Optimizer):
         u   = newton_schulz(g + momentum * buf)      (g + momentum * buf becomes buf without `nesterov`)
         w   = (1 - lr * weight_decay) * w - lr * sqrt(max(1, rows / columns)) * u
 
-    The interface is `torch.optim.Muon`'s; that one scales its update differently.
+    The interface is `torch.optim.Muon`'s; that one scales its update differently. No call waits for the device.
+
+    Over several ranks each matrix has an owner, which alone averages its gradient, keeps its momentum and computes its
+    update; updates travel in bfloat16, in which they come out of `newton_schulz`. `step`, `state_dict` and
+    `start_reducing` are then for all ranks together. A state dict is always whole: it loads into any number of ranks.
 
     Args:
-        params: 2-D parameters, or groups of them.
-        lr: learning rate.
+        params: 2-D parameters, or groups of them; the same on every rank.
+        lr: learning rate; a number, or a tensor `[]` that may change without a captured graph's notice.
         weight_decay: decoupled.
-        momentum: of the running gradient, in [0, 1).
+        momentum: of the running gradient, in [0, 1); a number or a tensor, as `lr`.
         nesterov: whether the update looks one step ahead.
         ns_steps: Newton-Schulz iterations.
+        ranks: who shares the work; None for this process alone.
 
     Raises:
         ValueError: a parameter is not 2-D, or a number is out of its range.
@@ -36,11 +43,13 @@ class Muon(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 0.02,
+        lr: float | Tensor = 0.02,
         weight_decay: float = 0.0,
-        momentum: float = 0.95,
+        momentum: float | Tensor = 0.95,
         nesterov: bool = True,
         ns_steps: int = 5,
+        *,
+        ranks: Ranks | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -49,6 +58,9 @@ class Muon(Optimizer):
             "nesterov": nesterov,
             "ns_steps": ns_steps,
         }
+        self._ranks = ranks if ranks is not None and ranks.world_size > 1 else None
+        self._shards: Shards | None = None
+        self._present: list[int] | None = None  # parameters with a gradient, once it is known on whose rank
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -64,6 +76,31 @@ class Muon(Optimizer):
         for parameter in group["params"]:
             if parameter.ndim != 2:
                 raise ValueError(f"a Muon parameter has shape {tuple(parameter.shape)}: must be 2-D")
+        if self._ranks is not None:
+            self._shards = Shards(self._parameters(), self._ranks)
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    @torch.no_grad()
+    def start_reducing(self) -> Callable[[], None]:
+        """Starts to average the gradients over the ranks; what it returns waits for this rank's own.
+
+        They are then the means; other ranks' matrices have None. `step` does this where it has not been done.
+        """
+        parameters = self._parameters()
+        self._present = [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
+        if self._shards is None:
+            return lambda: None
+        wait = self._shards.start_reducing([parameter.grad for parameter in parameters])
+        for parameter in parameters:
+            parameter.grad = None
+
+        def finish() -> None:
+            for index, mean in wait().items():
+                parameters[index].grad = mean.to(parameters[index].dtype)
+
+        return finish
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -72,26 +109,90 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._update(group)
+        self.start_step()()
         return loss
 
-    def _update(self, group: dict[str, Any]) -> None:
-        parameters: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        gradients = [p.grad for p in parameters]
-        buffers = []
+    @torch.no_grad()
+    def start_step(self) -> Callable[[], None]:
+        """This rank's part of a step; what it returns waits for the other ranks' and changes the weights."""
+        if self._present is None:
+            self.start_reducing()()
+        present, self._present = self._present, None
+        parameters = self._parameters()
+        updates: dict[int, Tensor] = {}
+        for group, indices in self._by_group(present):
+            own = [index for index in indices if parameters[index].grad is not None]
+            updates.update(zip(own, self._updates(group, [parameters[index] for index in own]), strict=True))
+        if self._shards is None:
+            return lambda: self._apply(present, updates)
+        wide = any(parameter.dtype == torch.float64 for parameter in parameters)
+        gathered = self._shards.start_gathering(updates, torch.float64 if wide else torch.bfloat16)
+        return lambda: self._apply(present, gathered())
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's; over several ranks, on every rank, with the momentum of all of them."""
+        state = super().state_dict()
+        if self._shards is not None:
+            parameters = self._parameters()
+            own = {
+                index: self.state[parameters[index]]["momentum_buffer"]
+                for index in self._shards.own
+                if parameters[index] in self.state
+            }
+            known = self._shards.known(own)
+            gathered = self._shards.start_gathering(own, torch.promote_types(parameters[0].dtype, torch.float32))()
+            state["state"] = {
+                index: {"momentum_buffer": gathered[index].to(parameters[index].dtype, copy=True)} for index in known
+            }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a whole state; each rank keeps that of its own matrices."""
+        super().load_state_dict(state_dict)
+        if self._shards is not None:
+            own = {self._parameters()[index] for index in self._shards.own}
+            for parameter in [parameter for parameter in self.state if parameter not in own]:
+                del self.state[parameter]
+
+    def _by_group(self, indices: Iterable[int]) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        first = 0
+        for group in self.param_groups:
+            last = first + len(group["params"])
+            yield group, [index for index in indices if first <= index < last]
+            first = last
+
+    def _updates(self, group: dict[str, Any], parameters: list[Tensor]) -> list[Tensor]:
+        """Moves the momentum of these parameters, and orthogonalises."""
+        gradients, buffers = [parameter.grad for parameter in parameters], []
         for parameter in parameters:
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             buffers.append(state["momentum_buffer"])
-        torch._foreach_mul_(buffers, group["momentum"])
+        if not parameters:
+            return []
+        momentum = group["momentum"]
+        torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)
-        ahead = torch._foreach_add(gradients, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
-        updates = newton_schulz(ahead, steps=group["ns_steps"])
-        scales = [-group["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in parameters]
-        updates = torch._foreach_mul([u.to(p.dtype) for u, p in zip(updates, parameters, strict=True)], scales)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, updates)
+        ahead = buffers
+        if group["nesterov"] and isinstance(momentum, Tensor):
+            ahead = torch._foreach_add(gradients, torch._foreach_mul(buffers, momentum))
+        elif group["nesterov"]:
+            ahead = torch._foreach_add(gradients, buffers, alpha=momentum)
+        return newton_schulz(ahead, steps=group["ns_steps"])
+
+    @torch.no_grad()
+    def _apply(self, present: Sequence[int], updates: Mapping[int, Tensor]) -> None:
+        """Decays the weights and takes the step."""
+        everything = self._parameters()
+        for group, indices in self._by_group(present):
+            if not indices:
+                continue
+            parameters = [everything[index] for index in indices]
+            lr = group["lr"]
+            steps = [torch.empty_like(parameter) for parameter in parameters]
+            torch._foreach_copy_(steps, [updates[index] for index in indices])
+            torch._foreach_mul_(steps, [max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in parameters])
+            torch._foreach_mul_(steps, lr)
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+            torch._foreach_sub_(parameters, steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -61,6 +61,11 @@ def runs_on_gpu(device: str) -> bool:
     return found and device != "cpu"
 
 
+# Newer names in newer versions of torch, where the older ones warn.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among the ranks, and the few ways in which they speak to each other.
@@ -96,6 +101,32 @@ class Ranks:
         flat /= self.world_size
         pieces = flat.split([g.numel() for g in gradients])
         torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
+
+    def start_mean_of_rows(self, rows_WL: Tensor) -> Callable[[], Tensor]:
+        """Starts to average `[W, L]` over the W ranks; what it returns waits for this rank's row, `[L]`."""
+        if self.world_size == 1:
+            return lambda: rows_WL[0]
+        mean_L = torch.empty_like(rows_WL[0])
+        work = _reduce_scatter(mean_L, rows_WL.view(-1), async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return mean_L.div_(self.world_size)
+
+        return wait
+
+    def start_gathering_rows(self, own_L: Tensor) -> Callable[[], Tensor]:
+        """Starts to give every rank the `[L]` of each; what it returns waits for all of them, `[W, L]`."""
+        if self.world_size == 1:
+            return lambda: own_L[None]
+        rows_WL = own_L.new_empty(self.world_size, len(own_L))
+        work = _all_gather(rows_WL.view(-1), own_L, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return rows_WL
+
+        return wait
 
     def reduce_sum(self, value: Tensor) -> Tensor:
         """The sum over ranks of a tensor on the device, on every rank."""

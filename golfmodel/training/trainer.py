@@ -73,7 +73,7 @@ class Trainer:
         self.average = WeightAverage(model.parameters())
         self._loss, self._batches, self._micro_batches = loss, batches, micro_batches
         self._validate = validate
-        self._optimizers = Optimizers(model, config)
+        self._optimizers = Optimizers(model, config, ranks)
         self._clock = TrainingClock(ranks.device)
         self._first_bad_step = torch.tensor(NEVER, device=ranks.device)
         self._bpb: float | None = None
@@ -140,7 +140,6 @@ class Trainer:
             loss = self._loss(inputs_BT, targets_BT) / self._micro_batches
             loss.backward()
             total += loss.detach()
-        self.ranks.average_gradients(self.model.parameters())
         self._optimizers.set_schedule(lr_scale=lr_scale, momentum=muon_momentum(self.config, step))
         self._optimizers.step()
         bad = torch.where(total.isfinite(), NEVER, step + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -149,13 +150,13 @@ def gradient_norm_in_step(model: GPT, optimizers: Optimizers) -> tuple[float, fl
         return float(torch.cat([p.grad.flatten().double() for p in model.parameters()]).norm())
 
     seen = []
-    take = optimizers.muon.step
+    take = optimizers.muon.start_step
 
-    def watched() -> None:
+    def watched() -> Callable[[], None]:
         seen.append(norm())
-        take()
+        return take()
 
-    optimizers.muon.step = watched
+    optimizers.muon.start_step = watched
     before = norm()
     optimizers.step()
     return before, seen[0]
@@ -180,7 +181,13 @@ def test_clipping_keeps_the_direction():
     set_gradients(model, 0)
     before = [parameter.grad.clone() for parameter in model.parameters()]
     after: list[torch.Tensor] = []
-    optimizers.muon.step = lambda: after.extend(parameter.grad.clone() for parameter in model.parameters())
+    take = optimizers.muon.start_step
+
+    def watched() -> Callable[[], None]:
+        after.extend(parameter.grad.clone() for parameter in model.parameters())
+        return take()
+
+    optimizers.muon.start_step = watched
     optimizers.step()
     ratios = torch.cat([(new / old).flatten() for new, old in zip(after, before, strict=True)])
     assert ratios.std() < 1e-6

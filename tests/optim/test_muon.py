@@ -127,6 +127,34 @@ def test_parity_with_pytorch_at_constant_momentum(nesterov):
         assert error < 0.03
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_tensors_for_rates_are_as_numbers_and_may_change_in_place(nesterov):
+    numbers, tensors = random_parameters(), random_parameters()
+    lr, momentum = torch.tensor(0.0), torch.tensor(0.0)
+    by_number = Muon(numbers, weight_decay=0.3, nesterov=nesterov)
+    by_tensor = Muon(tensors, lr=lr, weight_decay=0.3, momentum=momentum, nesterov=nesterov)
+    for step, (rate, mu) in enumerate([(0.1, 0.5), (0.07, 0.8), (0.02, 0.95)]):
+        by_number.param_groups[0].update(lr=rate, momentum=mu)
+        lr.fill_(rate)
+        momentum.fill_(mu)
+        for parameters, optimizer in ((numbers, by_number), (tensors, by_tensor)):
+            set_gradients(parameters, step)
+            optimizer.step()
+    for one, other in zip(numbers, tensors, strict=True):
+        # A momentum of float32 and one of float64 may round an input of Newton-Schulz to different bfloat16 numbers.
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-3)
+
+
+def test_a_scheduler_moves_the_rate():
+    parameters = random_parameters()
+    optimizer = Muon(parameters, lr=0.4)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    set_gradients(parameters, 0)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.2
+
+
 def test_a_parameter_without_a_gradient_is_left_alone():
     parameters = random_parameters()
     before = [p.detach().clone() for p in parameters]
