@@ -13,7 +13,9 @@ others are worked on, so that no stage's last tiles leave the device idle. Items
 the first one that is not done is always being worked on, and waits for nothing. So the waiting ends.
 
 Shapes: M, N a matrix as given; R, C its tiles; S = min(R, C); Z matrices; I items; J stages, three an iteration.
-`p_matrices` is int64 [Z, 6]: address, M, N, the first of its chunks and how many, where its result begins.
+`p_matrices` is int64 [Z, 7]: address, M, N, the first of its chunks and how many, where its result begins, and the
+address of its momentum where there is one: then the matrix at the first address is a gradient, and what is worked on
+is the momentum after it, or one step ahead of that.
 """
 
 from __future__ import annotations
@@ -40,47 +42,74 @@ KEPT = 64  # plans, and tables of addresses, kept for the next call on the same 
 
 
 @triton.jit
-def input_pointer(p_first, p_matrix, VECTOR: tl.constexpr):
-    """Where a matrix begins, at a multiple of VECTOR elements."""
+def typed_pointer(p_first, p_address, VECTOR: tl.constexpr):
+    """The address as a pointer of p_first's type, at a multiple of VECTOR elements."""
     BYTES: tl.constexpr = p_first.dtype.element_ty.primitive_bitwidth // 8
-    return tl.multiple_of(tl.load(p_matrix).to(p_first.dtype), VECTOR * BYTES)
+    return tl.multiple_of(tl.load(p_address).to(p_first.dtype), VECTOR * BYTES)
 
 
-@triton.jit(do_not_specialize=["COUNTERS"])
+@triton.jit
+def moved(p_momentum, gradient, momentum, offsets, mask):
+    """momentum * buffer + gradient, as the buffer holds it."""
+    buffer = tl.load(p_momentum + offsets, mask=mask, other=0).to(tl.float32)
+    return (momentum * buffer + gradient).to(p_momentum.dtype.element_ty)
+
+
+@triton.jit
+def ahead(buffer, gradient, momentum, NESTEROV: tl.constexpr):
+    """gradient + momentum * buffer with NESTEROV, else the buffer; as the buffer would hold it."""
+    value = buffer.to(tl.float32)
+    if NESTEROV:
+        value = (gradient + momentum * value).to(buffer.dtype).to(tl.float32)
+    return value
+
+
+@triton.jit(do_not_specialize=["COUNTERS", "MOMENTUM"])
 def square_sums_kernel(
-    p_first, p_chunks, p_matrices, p_sums, p_done, COUNTERS,
-    VECTOR: tl.constexpr, b_E: tl.constexpr, b_Z: tl.constexpr,
+    p_first, p_first_buffer, p_momentum, p_chunks, p_matrices, p_sums, p_done, COUNTERS, MOMENTUM,
+    NESTEROV: tl.constexpr, VECTOR: tl.constexpr, b_E: tl.constexpr, b_Z: tl.constexpr,
 ):  # fmt: skip
     """sums[c] = the sum of squares of the b_E elements of chunk c, in float64, where no float32 overflows.
 
-    Also sets the counters to 0, b_Z of them a program.
+    Of gradients with a momentum, after it has moved. Also sets the counters to 0, b_Z of them a program. `p_chunks` is
+    int32 [., 2]: matrix, number of the chunk in it.
     """
     chunk = tl.program_id(0)
     r_Z = chunk * b_Z + tl.arange(0, b_Z)
     tl.store(p_done + r_Z, 0, mask=r_Z < COUNTERS)
-    p_matrix = p_matrices + tl.load(p_chunks + 2 * chunk) * 6
-    p_x = input_pointer(p_first, p_matrix, VECTOR)
+    p_matrix = p_matrices + tl.load(p_chunks + 2 * chunk) * 7
+    p_x = typed_pointer(p_first, p_matrix, VECTOR)
     size = tl.load(p_matrix + 1) * (tl.load(p_matrix + 2) // VECTOR * VECTOR)
     r_E = tl.load(p_chunks + 2 * chunk + 1).to(tl.int64) * b_E + tl.arange(0, b_E)
-    x = tl.load(p_x + r_E, mask=r_E < size, other=0).to(tl.float64)
+    mask = r_E < size
+    x = tl.load(p_x + r_E, mask=mask, other=0)
+    if p_first_buffer is not None:
+        momentum = MOMENTUM
+        if p_momentum is not None:
+            momentum = tl.load(p_momentum).to(tl.float32)
+        p_buffer = typed_pointer(p_first_buffer, p_matrix + 6, VECTOR)
+        buffer = moved(p_buffer, x.to(tl.float32), momentum, r_E, mask)
+        tl.store(p_buffer + r_E, buffer, mask=mask)
+        x = ahead(buffer, x.to(tl.float32), momentum, NESTEROV)
+    x = x.to(tl.float64)
     tl.store(p_sums + chunk, tl.sum(x * x, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["MOMENTUM"])
 def start_kernel(
-    p_first, p_tiles, p_matrices, p_sums, p_work,
-    VECTOR: tl.constexpr, b_R: tl.constexpr, b_T: tl.constexpr, b_P: tl.constexpr,
+    p_first, p_first_buffer, p_momentum, p_tiles, p_matrices, p_sums, p_work, MOMENTUM,
+    NESTEROV: tl.constexpr, VECTOR: tl.constexpr, b_R: tl.constexpr, b_T: tl.constexpr, b_P: tl.constexpr,
 ):  # fmt: skip
     """X = G / (||G||_F + 1e-7), rounded once to bfloat16. b_R rows of a tile a program.
 
     `p_tiles` is int32 [., 4]: matrix, row and column where the part begins, the tile's number in the workspace.
     """
     p_tile = p_tiles + 4 * tl.program_id(0)
-    p_matrix = p_matrices + tl.load(p_tile) * 6
+    p_matrix = p_matrices + tl.load(p_tile) * 7
     row = tl.load(p_tile + 1)
     r_R = tl.arange(0, b_R)
     r_T = tl.arange(0, b_T)
-    p_x = input_pointer(p_first, p_matrix, VECTOR)
+    p_x = typed_pointer(p_first, p_matrix, VECTOR)
     M = tl.load(p_matrix + 1)
     N = tl.load(p_matrix + 2) // VECTOR * VECTOR  # VECTOR divides N; here the compiler sees that it does
     first_chunk = tl.load(p_matrix + 3)
@@ -100,7 +129,14 @@ def start_kernel(
     r_M = row.to(tl.int64) + r_R
     r_N = tl.multiple_of(tl.load(p_tile + 2), b_T) + r_T
     mask = (r_M < M)[:, None] & (r_N < N)[None, :]
-    x = tl.load(p_x + r_M[:, None] * N + r_N[None, :], mask=mask, other=0).to(tl.float32)
+    offsets = r_M[:, None] * N + r_N[None, :]
+    x = tl.load(p_x + offsets, mask=mask, other=0).to(tl.float32)
+    if p_first_buffer is not None:
+        momentum = MOMENTUM
+        if p_momentum is not None:
+            momentum = tl.load(p_momentum).to(tl.float32)
+        p_buffer = typed_pointer(p_first_buffer, p_matrix + 6, VECTOR)
+        x = ahead(tl.load(p_buffer + offsets, mask=mask, other=0), x, momentum, NESTEROV)
     x = x * first.to(tl.float32) * second
     p_part = p_work + tl.load(p_tile + 3).to(tl.int64) * (b_T * b_T) + (row % b_T) * b_T
     tl.store(p_part + r_R[:, None] * b_T + r_T[None, :], x.to(p_work.dtype.element_ty))
@@ -209,7 +245,7 @@ def newton_schulz_kernel(
             if mirror >= 0:
                 tl.store(p_work + mirror + square, tl.trans(product.to(p_work.dtype.element_ty)))
         else:
-            p_matrix = p_matrices + tl.load(p_item + 10) * 6
+            p_matrix = p_matrices + tl.load(p_item + 10) * 7
             row = tl.load(p_item + 11)
             column = tl.load(p_item + 12)
             M = tl.load(p_matrix + 1).to(tl.int32)
@@ -227,7 +263,7 @@ class _Plan(NamedTuple):
     """What depends on shapes alone: where everything lies, and in which order it is worked on."""
 
     rows: list[list[int]]  # of `p_matrices`
-    chunks: Tensor  # for `square_sums_kernel`, int32 [., 2]: matrix, number of the chunk in it
+    chunks: Tensor  # for `square_sums_kernel`
     parts: Tensor  # for `start_kernel`
     items: Tensor  # for `newton_schulz_kernel`
     starts: list[int]  # where the results of each batch begin
@@ -312,7 +348,7 @@ def _plan(shapes: tuple[tuple[int, int, int], ...], iterations: int, device: tor
             matrix = len(rows)
             place = _place(M, N, workspace)
             count = cdiv(M * N, CHUNK)
-            rows.append([0, M, N, len(chunks), count, results])
+            rows.append([0, M, N, len(chunks), count, results, 0])
             chunks += [(matrix, number) for number in range(count)]
             for row in range(0, place.rows * TILE, START_ROWS):
                 first = place.x[0] + row // TILE * place.columns
@@ -342,22 +378,36 @@ def _factors(coefficients: tuple[Triple, ...], device: torch.device) -> Tensor:
 _tables: dict[tuple, tuple[Tensor, int]] = {}
 
 
-def _table(plan: _Plan, batches: Sequence[Tensor], device: torch.device) -> tuple[Tensor, int]:
+def _table(
+    plan: _Plan, batches: Sequence[Tensor], buffers: Sequence[Tensor], device: torch.device
+) -> tuple[Tensor, int]:
     """The plan's rows with these addresses, on the device; and how many elements a lane can take at a time."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     # The stream is in the key, because only there has the table surely arrived.
-    key = (device, stream, *[(batch.data_ptr(), batch.dtype, batch.shape) for batch in batches])
+    key = (device, stream, *[(batch.data_ptr(), batch.dtype, batch.shape) for batch in (*batches, *buffers)])
     kept = _tables.get(key)
     if kept is None:
         if len(_tables) >= KEPT:
             del _tables[next(iter(_tables))]
-        size = batches[0].itemsize
-        addresses = [batch.data_ptr() + n * batch[0].numel() * size for batch in batches for n in range(len(batch))]
-        rows = [[address, *row[1:]] for address, row in zip(addresses, plan.rows, strict=True)]
+        addresses = _addresses(batches)
+        momenta = _addresses(buffers) if buffers else [0] * len(addresses)
+        rows = [
+            [address, *row[1:6], momentum] for address, row, momentum in zip(addresses, plan.rows, momenta, strict=True)
+        ]
         on_host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        vector = math.gcd(16 // size, plan.columns, *[address // size for address in addresses])
+        size = batches[0].itemsize
+        vector = math.gcd(16 // size, plan.columns, *[address // size for address in (*addresses, *momenta)])
         kept = _tables[key] = on_host.to(device, non_blocking=True), vector
     return kept
+
+
+def _addresses(batches: Sequence[Tensor]) -> list[int]:
+    """Of every matrix."""
+    return [
+        batch.data_ptr() + number * batch[0].numel() * batch.itemsize
+        for batch in batches
+        for number in range(len(batch))
+    ]
 
 
 @functools.cache
@@ -366,15 +416,27 @@ def _programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def orthogonalize(batches: Sequence[Tensor], coefficients: tuple[Triple, ...]) -> list[Tensor]:
+class Momentum(NamedTuple):
+    """Buffers beside gradients, and how both become what is orthogonalized."""
+
+    buffers: Sequence[Tensor]  # like the batches; moved in place
+    factor: float | Tensor  # [] on the device where it is a tensor
+    nesterov: bool
+
+
+def orthogonalize(
+    batches: Sequence[Tensor], coefficients: tuple[Triple, ...], momentum: Momentum | None = None
+) -> list[Tensor]:
     """Newton-Schulz of contiguous [batch, M, N], none of them empty, of one dtype, on one device; bfloat16.
 
-    The results share one allocation.
+    With a momentum the batches are gradients: buffer = factor * buffer + gradient, and what is orthogonalized is
+    gradient + factor * buffer with `nesterov`, else the buffer. The results share one allocation.
     """
     device = batches[0].device
     stages = STAGES * len(coefficients)
     plan = _plan(tuple([tuple(batch.shape) for batch in batches]), len(coefficients), device)
-    table, vector = _table(plan, batches, device)
+    buffers, factor, nesterov = momentum or Momentum((), 0.0, False)
+    table, vector = _table(plan, batches, buffers, device)
     # the interpreter can neither multiply bfloat16 nor round to it
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     work = torch.empty(plan.workspace * TILE * TILE, dtype=dtype, device=device)
@@ -384,10 +446,22 @@ def orthogonalize(batches: Sequence[Tensor], coefficients: tuple[Triple, ...]) -
     counters = 1 + stages * len(plan.rows)
     done = torch.empty(counters, dtype=torch.int32, device=device)
 
-    first = batches[0]
-    constants = (vector, CHUNK, next_power_of_2(cdiv(counters, chunks)))
-    launch(square_sums_kernel, (chunks,), (first, plan.chunks, table, sums, done), (counters,), constants)
-    launch(start_kernel, (parts,), (first, plan.parts, table, sums, work), (), (vector, START_ROWS, TILE, 64))
+    tensor, number = (factor, 0.0) if isinstance(factor, Tensor) else (None, float(factor))
+    given = (batches[0], buffers[0] if buffers else None, tensor)
+    launch(
+        square_sums_kernel,
+        (chunks,),
+        (*given, plan.chunks, table, sums, done),
+        (counters, number),
+        (nesterov, vector, CHUNK, next_power_of_2(cdiv(counters, chunks))),
+    )
+    launch(
+        start_kernel,
+        (parts,),
+        (*given, plan.parts, table, sums, work),
+        (number,),
+        (nesterov, vector, START_ROWS, TILE, 64),
+    )
     launch(
         newton_schulz_kernel,
         (min(_programs(device), items),),

@@ -193,6 +193,43 @@ def newton_schulz(
     return tuple(results) if isinstance(matrices, tuple) else results
 
 
+def momentum_newton_schulz_(
+    buffers: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool,
+    steps: int = 5,
+    coefficients: str | Triple | Sequence[Triple] | None = None,
+) -> list[Tensor]:
+    """buffer = momentum * buffer + g, in place; then newton_schulz of g + momentum * buffer, or of the buffer."""
+    torch._foreach_mul_(buffers, momentum)
+    torch._foreach_add_(buffers, gradients)
+    ahead = buffers
+    if nesterov and isinstance(momentum, Tensor):
+        ahead = torch._foreach_add(gradients, torch._foreach_mul(buffers, momentum))
+    elif nesterov:
+        ahead = torch._foreach_add(gradients, buffers, alpha=momentum)
+    return newton_schulz(list(ahead), steps=steps, coefficients=coefficients)
+
+
+def muon_update_(
+    weights: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    scales: Sequence[float],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+) -> None:
+    """weight = (1 - lr * weight_decay) * weight - lr * scale * update, in place."""
+    moves = [torch.empty_like(weight) for weight in weights]
+    torch._foreach_copy_(moves, updates)
+    torch._foreach_mul_(moves, list(scales))
+    torch._foreach_mul_(moves, lr)
+    torch._foreach_mul_(weights, 1 - lr * weight_decay)
+    torch._foreach_sub_(weights, moves)
+
+
 def _orthogonalize_all(matrices: Sequence[Tensor], triples: Sequence[Triple]) -> list[Tensor]:
     groups: dict[tuple[int, int, torch.dtype], list[int]] = {}
     for index, matrix in enumerate(matrices):

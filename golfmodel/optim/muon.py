@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from golfmodel.optim.sharding import Shards
 from golfmodel.runtime.distributed import Ranks
-from kernels import newton_schulz
+from kernels.muon_update import momentum_newton_schulz_, muon_update_
 
 
 class Muon(Optimizer):
@@ -169,30 +169,16 @@ class Muon(Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             buffers.append(state["momentum_buffer"])
-        if not parameters:
-            return []
-        momentum = group["momentum"]
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, gradients)
-        ahead = buffers
-        if group["nesterov"] and isinstance(momentum, Tensor):
-            ahead = torch._foreach_add(gradients, torch._foreach_mul(buffers, momentum))
-        elif group["nesterov"]:
-            ahead = torch._foreach_add(gradients, buffers, alpha=momentum)
-        return newton_schulz(ahead, steps=group["ns_steps"])
+        return momentum_newton_schulz_(
+            buffers, gradients, momentum=group["momentum"], nesterov=group["nesterov"], steps=group["ns_steps"]
+        )
 
     @torch.no_grad()
     def _apply(self, present: Sequence[int], updates: Mapping[int, Tensor]) -> None:
         """Decays the weights and takes the step."""
         everything = self._parameters()
         for group, indices in self._by_group(present):
-            if not indices:
-                continue
             parameters = [everything[index] for index in indices]
-            lr = group["lr"]
-            steps = [torch.empty_like(parameter) for parameter in parameters]
-            torch._foreach_copy_(steps, [updates[index] for index in indices])
-            torch._foreach_mul_(steps, [max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in parameters])
-            torch._foreach_mul_(steps, lr)
-            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-            torch._foreach_sub_(parameters, steps)
+            scales = [max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in parameters]
+            moves = [updates[index] for index in indices]
+            muon_update_(parameters, moves, scales, lr=group["lr"], weight_decay=group["weight_decay"])

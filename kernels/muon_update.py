@@ -1,0 +1,179 @@
+"""Muon's step around Newton-Schulz. In place, unlike the public ops: it moves momentum and weights.
+
+Shapes: M, N a matrix; Z matrices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch, reference
+from kernels.launch import cdiv, launch, tl, triton
+from kernels.newton_schulz_tiles import Momentum, orthogonalize
+from kernels.reference import Triple, coefficients_per_step
+
+CHUNK = 4096  # elements of a weight that one program updates
+KEPT = 64  # tables kept for the next call on the same matrices
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit(do_not_specialize=["LR", "DECAY"])
+def muon_update_kernel(
+    p_first_weight, p_first_update, p_lr, p_chunks, p_matrices, p_scales, LR, DECAY, b_E: tl.constexpr
+):
+    """w = (1 - lr * decay) * w - lr * scale * u. The b_E elements of one chunk of one matrix a program.
+
+    `p_chunks` is int32 [., 2]: matrix, number of the chunk in it; `p_matrices` int64 [Z, 3]: the weight's address, the
+    update's, both multiples of 16, and the size; `p_scales` float32 [Z].
+    """
+    matrix = tl.load(p_chunks + 2 * tl.program_id(0))
+    p_matrix = p_matrices + 3 * matrix
+    p_weight = tl.multiple_of(tl.load(p_matrix).to(p_first_weight.dtype), 16)
+    p_update = tl.multiple_of(tl.load(p_matrix + 1).to(p_first_update.dtype), 16)
+    r_E = tl.load(p_chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * b_E + tl.arange(0, b_E)
+    mask = r_E < tl.load(p_matrix + 2)
+    lr = LR
+    if p_lr is not None:
+        lr = tl.load(p_lr).to(tl.float32)
+    weight = tl.load(p_weight + r_E, mask=mask, other=0).to(tl.float32)
+    update = tl.load(p_update + r_E, mask=mask, other=0).to(tl.float32)
+    weight = (1 - lr * DECAY) * weight - lr * tl.load(p_scales + matrix) * update
+    tl.store(p_weight + r_E, weight.to(p_first_weight.dtype.element_ty), mask=mask)
+
+
+def momentum_newton_schulz_(
+    buffers: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool,
+    steps: int = 5,
+    coefficients: str | Triple | Sequence[Triple] | None = None,
+) -> list[Tensor]:
+    """buffer = momentum * buffer + gradient, in place; then `newton_schulz` of what lies ahead of it.
+
+    Args:
+        buffers, gradients: [M, N] each, a buffer like its gradient.
+        momentum: a number, or a tensor `[]` where the buffers are.
+        nesterov: whether gradient + momentum * buffer is orthogonalized, or the buffer.
+        steps, coefficients: as for `newton_schulz`.
+
+    Returns:
+        What `newton_schulz` returns for the list.
+    """
+    if not gradients:
+        return []
+    run = reference.momentum_newton_schulz_
+    if _runs(momentum, buffers, gradients):
+        run = dispatch.implementation("momentum_newton_schulz_", gradients[0])
+    return run(buffers, gradients, momentum=momentum, nesterov=nesterov, steps=steps, coefficients=coefficients)
+
+
+def muon_update_(
+    weights: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    scales: Sequence[float],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+) -> None:
+    """weight = (1 - lr * weight_decay) * weight - lr * scale * update, in place and computed in float32.
+
+    Args:
+        weights, updates: of equal shapes.
+        scales: one for each.
+        lr: a number, or a tensor `[]` where the weights are.
+    """
+    if not weights:
+        return
+    run = reference.muon_update_
+    if _runs(lr, weights) and _runs(lr, updates):
+        run = dispatch.implementation("muon_update_", weights[0])
+    run(weights, updates, scales, lr=lr, weight_decay=weight_decay)
+
+
+def _runs(factor: float | Tensor, *lists: Sequence[Tensor]) -> bool:
+    """Whether the kernels take these: contiguous, aligned, of one dtype; and no CUDA graph that outlives a table."""
+    first = lists[0][0]
+    if first.dtype not in DTYPES or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    if isinstance(factor, Tensor) and factor.device != first.device:
+        return False
+    return all(
+        tensor.dtype == first.dtype and tensor.numel() and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+        for tensors in lists
+        for tensor in tensors
+    )
+
+
+@dispatch.register_triton("momentum_newton_schulz_")
+def _momentum_newton_schulz_(
+    buffers: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    momentum: float | Tensor,
+    nesterov: bool,
+    steps: int,
+    coefficients: str | Triple | Sequence[Triple] | None,
+) -> list[Tensor]:
+    batches, moving = ([matrix.detach()[None] for matrix in matrices] for matrices in (gradients, buffers))
+    triples = coefficients_per_step(coefficients, steps)
+    results = orthogonalize(batches, triples, Momentum(moving, momentum, nesterov))
+    return [result[0] for result in results]
+
+
+@functools.lru_cache(KEPT)
+def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    chunks = [(matrix, chunk) for matrix, size in enumerate(sizes) for chunk in range(cdiv(size, CHUNK))]
+    return torch.tensor(chunks, dtype=torch.int32).to(device)
+
+
+@functools.lru_cache(KEPT)
+def _scales(scales: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(scales, dtype=torch.float32).to(device)
+
+
+_tables: dict[tuple, Tensor] = {}
+
+
+def _table(weights: Sequence[Tensor], updates: Sequence[Tensor], sizes: tuple[int, ...]) -> Tensor:
+    device = weights[0].device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    rows = tuple([(w.data_ptr(), u.data_ptr(), size) for w, u, size in zip(weights, updates, sizes, strict=True)])
+    # The stream is in the key, because only there has the table surely arrived.
+    key = (device, stream, rows)
+    if key not in _tables:
+        if len(_tables) >= KEPT:
+            del _tables[next(iter(_tables))]
+        on_host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        _tables[key] = on_host.to(device, non_blocking=True)
+    return _tables[key]
+
+
+@dispatch.register_triton("muon_update_")
+def _muon_update_(
+    weights: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    scales: Sequence[float],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+) -> None:
+    weights, updates = ([matrix.detach() for matrix in matrices] for matrices in (weights, updates))
+    sizes = tuple([weight.numel() for weight in weights])
+    device = weights[0].device
+    chunks = _chunks(sizes, device)
+    tensor, number = (lr, 0.0) if isinstance(lr, Tensor) else (None, float(lr))
+    given = (weights[0], updates[0], tensor)
+    launch(
+        muon_update_kernel,
+        (len(chunks),),
+        (*given, chunks, _table(weights, updates, sizes), _scales(tuple(scales), device)),
+        (number, float(weight_decay)),
+        (CHUNK,),
+        num_warps=8,
+    )

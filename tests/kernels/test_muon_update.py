@@ -1,0 +1,169 @@
+"""Muon's in-place kernels beside their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import dispatch, reference
+from kernels.muon_update import momentum_newton_schulz_, muon_update_
+
+SHAPES = [(130, 70), (20, 300), (128, 128), (1, 5), (513, 3)]
+SCALES = [1.5, 1.0, 0.25, 2.0, 1.0]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the ops whose kernels were asked for."""
+    names = []
+    implementation = dispatch.implementation
+
+    def watched(name, tensor):
+        names.append(name)
+        return implementation(name, tensor)
+
+    monkeypatch.setattr(dispatch, "implementation", watched)
+    return names
+
+
+def matrices(device, dtype=torch.float32, seed=0, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(shape, generator=generator) * size).to(device, dtype) for shape in SHAPES]
+
+
+def factor(value, kind, device):
+    return torch.tensor(value, device=device) if kind == "tensor" else value
+
+
+def both(op, definition, *lists, **options):
+    """(what the op returns, what it leaves in the first list), and the same of the definition."""
+    found = []
+    for function in (op, definition):
+        copies = [[tensor.clone() if isinstance(tensor, torch.Tensor) else tensor for tensor in each] for each in lists]
+        returned = function(*copies, **options)
+        for before, after in zip(lists[1:], copies[1:], strict=True):  # only the first list is changed
+            assert all(
+                torch.equal(b, a) if isinstance(b, torch.Tensor) else b == a for b, a in zip(before, after, strict=True)
+            )
+        found.append((returned, copies[0]))
+    return found
+
+
+def ulps(found, expected):
+    """The largest difference in units of the dtype's precision at the tensor's size."""
+    eps = torch.finfo(expected.dtype).eps
+    return float((found.double() - expected.double()).abs().max() / (eps * expected.double().abs().max()))
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_momentum_moves_and_what_is_ahead_is_orthogonalized(dtype, nesterov, kind, device, launched):
+    buffers, gradients = matrices(device, dtype, 1), matrices(device, dtype, 2)
+    (ours, moved), (theirs, expected) = both(
+        momentum_newton_schulz_,
+        reference.momentum_newton_schulz_,
+        buffers,
+        gradients,
+        momentum=factor(0.9, kind, device),
+        nesterov=nesterov,
+    )
+    assert "momentum_newton_schulz_" in launched
+    for one, other in zip(moved, expected, strict=True):
+        assert ulps(one, other) <= 1
+        assert one.dtype == dtype
+    for one, other in zip(ours, theirs, strict=True):
+        # both round some fifteen products to bfloat16, each in its own way
+        assert (one.float() - other.float()).norm() <= 0.05 * other.float().norm()
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_the_second_step_sees_the_first_ones_momentum(nesterov, device):
+    ours, theirs = [torch.zeros(64, 32, device=device)], [torch.zeros(64, 32, device=device)]
+    for seed, momentum in ((1, 0.5), (2, 0.9), (3, 0.95)):
+        gradient = [torch.randn(64, 32, generator=torch.Generator().manual_seed(seed)).to(device)]
+        results = [
+            function(buffers, gradient, momentum=momentum, nesterov=nesterov)[0].float()
+            for function, buffers in ((momentum_newton_schulz_, ours), (reference.momentum_newton_schulz_, theirs))
+        ]
+    assert ulps(ours[0], theirs[0]) <= 2
+    assert (results[0] - results[1]).norm() <= 0.03 * results[1].norm()
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_decay_and_move(dtype, kind, device, launched):
+    weights, updates = matrices(device, dtype, 3), matrices(device, dtype, 4)
+    (_, ours), (_, theirs) = both(
+        muon_update_,
+        reference.muon_update_,
+        weights,
+        updates,
+        SCALES,
+        lr=factor(0.05, kind, device),
+        weight_decay=0.1,
+    )
+    assert "muon_update_" in launched
+    for one, other in zip(ours, theirs, strict=True):
+        # the definition rounds three times on the way where the dtype is narrow
+        assert ulps(one, other) <= (2 if dtype == torch.float32 else 3)
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_updates_of_another_dtype(device, launched):
+    """As they come: weights in float32, updates in bfloat16."""
+    weights, updates = matrices(device, torch.float32, 5), matrices(device, torch.bfloat16, 6)
+    (_, ours), (_, theirs) = both(
+        muon_update_, reference.muon_update_, weights, updates, SCALES, lr=0.05, weight_decay=0.1
+    )
+    assert launched == ["muon_update_"]
+    assert all(ulps(one, other) <= 2 for one, other in zip(ours, theirs, strict=True))
+
+
+def strided(tensors):
+    return [torch.stack((tensor, tensor), dim=-1)[..., 0] for tensor in tensors]
+
+
+def askew(tensors):
+    return [torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape).copy_(t) for t in tensors]
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize(
+    "change",
+    [
+        strided,
+        askew,
+        lambda tensors: [t.double() for t in tensors],
+        lambda tensors: [*tensors[:-1], tensors[-1].half()],
+    ],
+    ids=["strided", "misaligned", "float64", "mixed dtypes"],
+)
+def test_what_the_kernels_do_not_take_goes_to_the_definition(change, device, launched):
+    buffers, gradients = change(matrices(device, seed=7)), change(matrices(device, seed=8))
+    results = momentum_newton_schulz_(buffers, gradients, momentum=0.9, nesterov=True)
+    assert "momentum_newton_schulz_" not in launched
+    assert len(results) == len(SHAPES)
+    weights, before = change(matrices(device, seed=9)), change(matrices(device, seed=9))
+    muon_update_(weights, gradients, SCALES, lr=0.1, weight_decay=0.0)
+    assert "muon_update_" not in launched
+    assert not any(map(torch.equal, weights, before))
+
+
+@pytest.mark.usefixtures("every_implementation")
+def test_nothing_to_do():
+    assert momentum_newton_schulz_([], [], momentum=0.9, nesterov=True) == []
+    assert muon_update_([], [], [], lr=0.1, weight_decay=0.1) is None
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_parameters_are_updated_without_a_graph(device):
+    weight = torch.nn.Parameter(torch.randn(8, 8, device=device))
+    update = torch.randn(8, 8, device=device).bfloat16()
+    with torch.no_grad():
+        muon_update_([weight], [update], [1.0], lr=0.1, weight_decay=0.0)
+    assert weight.requires_grad
+    assert weight.grad_fn is None
