@@ -13,6 +13,9 @@ from torch import Tensor
 from golfmodel.runtime.distributed import Ranks
 
 
+ALIGNMENT = 8  # numbers: every matrix begins at a multiple of 16 bytes, in bfloat16 too
+
+
 def newton_schulz_cost(rows: int, columns: int) -> int:
     """Multiplications of one iteration on the short side m and the long side n: 2 m^2 n + m^3."""
     short, long = sorted((rows, columns))
@@ -47,7 +50,7 @@ class Shards:
         self._starts, ends = [], [0] * ranks.world_size
         for (rows, columns), rank in zip(self._shapes, self.owner, strict=True):
             self._starts.append(ends[rank])
-            ends[rank] += rows * columns
+            ends[rank] += -(-rows * columns // ALIGNMENT) * ALIGNMENT
         self._length = max(ends)
 
     def start_reducing(self, gradients: Sequence[Tensor | None]) -> Callable[[], dict[int, Tensor]]:
