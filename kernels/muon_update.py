@@ -15,6 +15,7 @@ from kernels import dispatch, reference
 from kernels.launch import cdiv, launch, tl, triton
 from kernels.newton_schulz_tiles import Momentum, orthogonalize
 from kernels.reference import Triple, coefficients_per_step
+from kernels.registration import is_traced
 
 CHUNK = 4096  # elements of a weight that one program updates
 KEPT = 64  # tables kept for the next call on the same matrices
@@ -68,7 +69,7 @@ def momentum_newton_schulz_(
     if not gradients:
         return []
     run = reference.momentum_newton_schulz_
-    if _runs(momentum, buffers, gradients):
+    if not is_traced((momentum, buffers, gradients)) and _runs(momentum, buffers, gradients):
         run = dispatch.implementation("momentum_newton_schulz_", gradients[0])
     return run(buffers, gradients, momentum=momentum, nesterov=nesterov, steps=steps, coefficients=coefficients)
 
@@ -91,7 +92,7 @@ def muon_update_(
     if not weights:
         return
     run = reference.muon_update_
-    if _runs(lr, weights) and _runs(lr, updates):
+    if not is_traced((lr, weights, updates)) and _runs(lr, weights) and _runs(lr, updates):
         run = dispatch.implementation("muon_update_", weights[0])
     run(weights, updates, scales, lr=lr, weight_decay=weight_decay)
 
@@ -123,6 +124,7 @@ def _momentum_newton_schulz_(
     batches, moving = ([matrix.detach()[None] for matrix in matrices] for matrices in (gradients, buffers))
     triples = coefficients_per_step(coefficients, steps)
     results = orthogonalize(batches, triples, Momentum(moving, momentum, nesterov))
+    torch.autograd.graph.increment_version(list(buffers))
     return [result[0] for result in results]
 
 
@@ -163,6 +165,7 @@ def _muon_update_(
     lr: float | Tensor,
     weight_decay: float,
 ) -> None:
+    torch.autograd.graph.increment_version(list(weights))  # so that a graph that kept them notices
     weights, updates = ([matrix.detach() for matrix in matrices] for matrices in (weights, updates))
     sizes = tuple([weight.numel() for weight in weights])
     device = weights[0].device

@@ -35,6 +35,10 @@ def _run(matrices: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tens
 @torch.library.custom_op("golf::newton_schulz", mutates_args=())
 def _traced(matrices: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tensor]:
     """`_run` where something traces: there no result may share memory with another."""
+    if matrices[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        triples = tuple(zip(*[iter(coefficients)] * 3, strict=True))
+        results = reference.newton_schulz(list(matrices), steps=len(triples), coefficients=triples)
+        return [result.contiguous() for result in results]
     return [result.clone() for result in _run(matrices, coefficients)]
 
 

@@ -67,7 +67,7 @@ def ahead(buffer, gradient, momentum, NESTEROV: tl.constexpr):
 @triton.jit(do_not_specialize=["COUNTERS", "MOMENTUM"])
 def square_sums_kernel(
     p_first, p_first_buffer, p_momentum, p_chunks, p_matrices, p_sums, p_done, COUNTERS, MOMENTUM,
-    NESTEROV: tl.constexpr, VECTOR: tl.constexpr, b_E: tl.constexpr, b_Z: tl.constexpr,
+    NESTEROV: tl.constexpr, b_E: tl.constexpr, b_Z: tl.constexpr,
 ):  # fmt: skip
     """sums[c] = the sum of squares of the b_E elements of chunk c, in float64, where no float32 overflows.
 
@@ -78,8 +78,9 @@ def square_sums_kernel(
     r_Z = chunk * b_Z + tl.arange(0, b_Z)
     tl.store(p_done + r_Z, 0, mask=r_Z < COUNTERS)
     p_matrix = p_matrices + tl.load(p_chunks + 2 * chunk) * 7
-    p_x = typed_pointer(p_first, p_matrix, VECTOR)
-    size = tl.load(p_matrix + 1) * (tl.load(p_matrix + 2) // VECTOR * VECTOR)
+    # No wider loads where addresses allow them: the order of the sum would then depend on the others in the list.
+    p_x = typed_pointer(p_first, p_matrix, 1)
+    size = tl.load(p_matrix + 1) * tl.load(p_matrix + 2)
     r_E = tl.load(p_chunks + 2 * chunk + 1).to(tl.int64) * b_E + tl.arange(0, b_E)
     mask = r_E < size
     x = tl.load(p_x + r_E, mask=mask, other=0)
@@ -87,7 +88,7 @@ def square_sums_kernel(
         momentum = MOMENTUM
         if p_momentum is not None:
             momentum = tl.load(p_momentum).to(tl.float32)
-        p_buffer = typed_pointer(p_first_buffer, p_matrix + 6, VECTOR)
+        p_buffer = typed_pointer(p_first_buffer, p_matrix + 6, 1)
         buffer = moved(p_buffer, x.to(tl.float32), momentum, r_E, mask)
         tl.store(p_buffer + r_E, buffer, mask=mask)
         x = ahead(buffer, x.to(tl.float32), momentum, NESTEROV)
@@ -384,7 +385,8 @@ def _table(
     """The plan's rows with these addresses, on the device; and how many elements a lane can take at a time."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     # The stream is in the key, because only there has the table surely arrived.
-    key = (device, stream, *[(batch.data_ptr(), batch.dtype, batch.shape) for batch in (*batches, *buffers)])
+    lists = (batches, buffers)
+    key = (device, stream, *[tuple([(x.data_ptr(), x.dtype, x.shape) for x in tensors]) for tensors in lists])
     kept = _tables.get(key)
     if kept is None:
         if len(_tables) >= KEPT:
@@ -453,7 +455,7 @@ def orthogonalize(
         (chunks,),
         (*given, plan.chunks, table, sums, done),
         (counters, number),
-        (nesterov, vector, CHUNK, next_power_of_2(cdiv(counters, chunks))),
+        (nesterov, CHUNK, next_power_of_2(cdiv(counters, chunks))),
     )
     launch(
         start_kernel,

@@ -21,11 +21,13 @@ class Muon(Optimizer):
         u   = newton_schulz(g + momentum * buf)      (g + momentum * buf becomes buf without `nesterov`)
         w   = (1 - lr * weight_decay) * w - lr * sqrt(max(1, rows / columns)) * u
 
-    The interface is `torch.optim.Muon`'s; that one scales its update differently. No call waits for the device.
+    Groups, closures and schedulers are as in `torch.optim.Muon`, which scales its update differently and has other
+    names for some options. A step never waits for the device.
 
     Over several ranks each matrix has an owner, which alone averages its gradient, keeps its momentum and computes its
     update; updates travel in bfloat16, in which they come out of `newton_schulz`. `step`, `state_dict` and
-    `start_reducing` are then for all ranks together. A state dict is always whole: it loads into any number of ranks.
+    `start_reducing` are then for all ranks together, and a gradient that is None on one rank has to be None on all. A
+    state dict is always whole: it loads into any number of ranks.
 
     Args:
         params: 2-D parameters, or groups of them; the same on every rank.
@@ -39,6 +41,11 @@ class Muon(Optimizer):
     Raises:
         ValueError: a parameter is not 2-D, or a number is out of its range.
     """
+
+    # here too, for copies, which take only what every optimizer has; a copy works for its process alone
+    _ranks: Ranks | None = None
+    _shards: Shards | None = None
+    _present: list[int] | None = None  # parameters with a gradient, where the ranks have averaged them
 
     def __init__(
         self,
@@ -59,8 +66,6 @@ class Muon(Optimizer):
             "ns_steps": ns_steps,
         }
         self._ranks = ranks if ranks is not None and ranks.world_size > 1 else None
-        self._shards: Shards | None = None
-        self._present: list[int] | None = None  # parameters with a gradient, once it is known on whose rank
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -77,7 +82,8 @@ class Muon(Optimizer):
             if parameter.ndim != 2:
                 raise ValueError(f"a Muon parameter has shape {tuple(parameter.shape)}: must be 2-D")
         if self._ranks is not None:
-            self._shards = Shards(self._parameters(), self._ranks)
+            settled = () if self._shards is None else self._shards.owner
+            self._shards = Shards(self._parameters(), self._ranks, settled)
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -125,7 +131,7 @@ class Muon(Optimizer):
             updates.update(zip(own, self._updates(group, [parameters[index] for index in own]), strict=True))
         if self._shards is None:
             return lambda: self._apply(present, updates)
-        wide = any(parameter.dtype == torch.float64 for parameter in parameters)
+        wide = self._shards.dtype == torch.float64
         gathered = self._shards.start_gathering(updates, torch.float64 if wide else torch.bfloat16)
         return lambda: self._apply(present, gathered())
 
@@ -140,7 +146,7 @@ class Muon(Optimizer):
                 if parameters[index] in self.state
             }
             known = self._shards.known(own)
-            gathered = self._shards.start_gathering(own, torch.promote_types(parameters[0].dtype, torch.float32))()
+            gathered = self._shards.start_gathering(own, self._shards.dtype)()
             state["state"] = {
                 index: {"momentum_buffer": gathered[index].to(parameters[index].dtype, copy=True)} for index in known
             }

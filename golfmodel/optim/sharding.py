@@ -12,7 +12,6 @@ from torch import Tensor
 
 from golfmodel.runtime.distributed import Ranks
 
-
 ALIGNMENT = 8  # numbers: every matrix begins at a multiple of 16 bytes, in bfloat16 too
 
 
@@ -22,14 +21,17 @@ def newton_schulz_cost(rows: int, columns: int) -> int:
     return short * short * (2 * long + short)
 
 
-def owners(shapes: Sequence[tuple[int, int]], world_size: int) -> list[int]:
+def owners(shapes: Sequence[tuple[int, int]], world_size: int, settled: Sequence[int] = ()) -> list[int]:
     """Which rank works on which matrix: the most expensive first, each to the rank with the least work so far.
 
-    Depends on the shapes alone, so every rank comes to the same.
+    Depends on the arguments alone, so every rank comes to the same. The first ones stay with their `settled` owners.
     """
     load = [0] * world_size
-    owner = [0] * len(shapes)
-    for index in sorted(range(len(shapes)), key=lambda index: -newton_schulz_cost(*shapes[index])):
+    owner = [*settled, *[0] * (len(shapes) - len(settled))]
+    for index, rank in enumerate(settled):
+        load[rank] += newton_schulz_cost(*shapes[index])
+    fresh = range(len(settled), len(shapes))
+    for index in sorted(fresh, key=lambda index: -newton_schulz_cost(*shapes[index])):
         owner[index] = min(range(world_size), key=load.__getitem__)
         load[owner[index]] += newton_schulz_cost(*shapes[index])
     return owner
@@ -40,12 +42,16 @@ class Shards:
 
     Args:
         parameters: 2-D; the same, in the same order, on every rank.
+        settled: the owners of the first of them, where they have some.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], ranks: Ranks) -> None:
+    def __init__(self, parameters: Sequence[Tensor], ranks: Ranks, settled: Sequence[int] = ()) -> None:
         self._ranks = ranks
+        # what travels in full precision
+        wide = any(parameter.dtype == torch.float64 for parameter in parameters)
+        self.dtype = torch.float64 if wide else torch.float32
         self._shapes = [tuple(parameter.shape) for parameter in parameters]
-        self.owner = owners(self._shapes, ranks.world_size)
+        self.owner = owners(self._shapes, ranks.world_size, settled)
         self.own = [index for index, rank in enumerate(self.owner) if rank == ranks.rank]
         self._starts, ends = [], [0] * ranks.world_size
         for (rows, columns), rank in zip(self._shapes, self.owner, strict=True):
@@ -58,10 +64,11 @@ class Shards:
 
         A gradient that is None here is None on every rank.
         """
-        rows_WL = torch.zeros(self._ranks.world_size, self._length, device=self._ranks.device)
+        rows_WL = torch.zeros(self._ranks.world_size, self._length, dtype=self.dtype, device=self._ranks.device)
         present = [index for index, gradient in enumerate(gradients) if gradient is not None]
         places = [self._part(rows_WL[self.owner[index]], index) for index in present]
-        torch._foreach_copy_(places, [gradients[index] for index in present])
+        if present:
+            torch._foreach_copy_(places, [gradients[index] for index in present])
         wait = self._ranks.start_mean_of_rows(rows_WL)
         own = [index for index in self.own if gradients[index] is not None]
 
@@ -77,7 +84,8 @@ class Shards:
         Where an owner has no tensor, there are zeros.
         """
         own_L = torch.zeros(self._length, dtype=dtype, device=self._ranks.device)
-        torch._foreach_copy_([self._part(own_L, index) for index in tensors], list(tensors.values()))
+        if tensors:
+            torch._foreach_copy_([self._part(own_L, index) for index in tensors], list(tensors.values()))
         wait = self._ranks.start_gathering_rows(own_L)
 
         def finish() -> dict[int, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import dispatch, reference
+from kernels import dispatch, muon_update, reference
 from kernels.muon_update import momentum_newton_schulz_, muon_update_
 
 SHAPES = [(130, 70), (20, 300), (128, 128), (1, 5), (513, 3)]
@@ -167,3 +167,30 @@ def test_parameters_are_updated_without_a_graph(device):
         muon_update_([weight], [update], [1.0], lr=0.1, weight_decay=0.0)
     assert weight.requires_grad
     assert weight.grad_fn is None
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_a_graph_that_kept_a_weight_notices_its_change(device):
+    weight = torch.nn.Parameter(torch.randn(8, 8, device=device))
+    kept = (weight * weight).sum()
+    with torch.no_grad():
+        muon_update_([weight], [torch.randn(8, 8, device=device)], [1.0], lr=0.1, weight_decay=0.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_traced_steps_run_the_definitions(device, compiled):
+    def step(module, weight, buffer, gradient):
+        (update,) = module.momentum_newton_schulz_([buffer], [gradient], momentum=0.9, nesterov=True)
+        module.muon_update_([weight], [update], [1.0], lr=0.1, weight_decay=0.1)
+
+    ours, theirs = (
+        [torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)).to(device) for seed in range(3)]
+        for _ in range(2)
+    )
+    with torch.no_grad():
+        compiled(step)(muon_update, *ours)
+        step(reference, *theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)

@@ -7,6 +7,7 @@ import torch
 
 import kernels
 from kernels import newton_schulz_tiles as tiles
+from kernels.muon_update import momentum_newton_schulz_
 
 SHAPES = [(128, 128), (256, 128), (128, 384), (512, 256), (1, 700), (300, 1)]
 FORMS = (
@@ -131,11 +132,29 @@ def test_batches_are_as_their_matrices(device):
 @pytest.mark.usefixtures("triton_kernels")
 def test_moved_inputs_are_found(device):
     """Tables are kept by address: the same memory with other numbers, and other memory, give what is there."""
-    first = torch.randn(40, 30, device=device)
-    kernels.newton_schulz([first])
+    first, second = torch.randn(40, 30, device=device), torch.randn(40, 30, device=device)
+    before = kernels.newton_schulz([first])[0].clone()
+    elsewhere = kernels.newton_schulz([second])[0]
+    assert not torch.equal(elsewhere, before)
+    assert torch.equal(elsewhere, kernels.newton_schulz([second, first])[0])  # a table that was not there before
     first.mul_(-1)
-    assert torch.equal(kernels.newton_schulz([first])[0], kernels.newton_schulz(first.clone()))
-    assert torch.equal(kernels.newton_schulz(first[:20])[:, :], kernels.newton_schulz(first[:20].clone()))
+    assert torch.equal(kernels.newton_schulz([first])[0], -before)
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("momentum_first", [False, True])
+def test_two_matrices_are_not_a_gradient_and_its_momentum(momentum_first, device):
+    """Both stand in tables of the same addresses."""
+    gradient, buffer = torch.randn(40, 30, device=device), torch.zeros(40, 30, device=device)
+    if momentum_first:
+        momentum_newton_schulz_([buffer], [gradient], momentum=0.9, nesterov=False)
+        assert torch.equal(buffer, gradient)
+        buffer.copy_(torch.randn(40, 30))
+    results = kernels.newton_schulz([gradient, buffer])
+    assert torch.equal(results[1], kernels.newton_schulz(buffer.clone()))
+    if not momentum_first:
+        momentum_newton_schulz_([buffer], [gradient], momentum=0.9, nesterov=False)
+        assert torch.equal(buffer, gradient)
 
 
 @pytest.mark.usefixtures("triton_kernels")

@@ -221,6 +221,20 @@ def test_a_restored_state_goes_on_the_same():
     assert all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
 
 
+def test_a_copy_goes_on_the_same():
+    parameters = random_parameters()
+    optimizer = Muon(parameters, lr=0.1)
+    set_gradients(parameters, 0)
+    optimizer.step()
+    set_gradients(parameters, 1)
+    twin, others = copy.deepcopy((optimizer, parameters))
+    for other, parameter in zip(others, parameters, strict=True):
+        other.grad = parameter.grad.clone()
+    optimizer.step()
+    twin.step()
+    assert all(map(torch.equal, parameters, others))
+
+
 def test_groups_have_their_own_rates():
     first, second = (nn.Parameter(torch.zeros(4, 4)) for _ in range(2))
     optimizer = Muon([{"params": [first], "lr": 1.0}, {"params": [second]}], lr=0.25)

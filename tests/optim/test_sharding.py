@@ -43,6 +43,12 @@ def test_every_matrix_has_one_owner_and_no_rank_waits_long(world_size):
     assert max(load) <= max(1.06 * sum(load) / world_size, *(newton_schulz_cost(*shape) for shape in shapes))
 
 
+def test_owners_stay_when_matrices_come():
+    first = owners([(4, 4), (4, 4)], 2)
+    assert owners([(4, 4), (4, 4), (8, 8)], 2, first)[:2] == first
+    assert owners([(8, 8), (4, 4), (4, 4)], 2, [0]) == [0, 1, 1]
+
+
 def test_cost_is_that_of_the_short_side():
     assert newton_schulz_cost(2, 3) == newton_schulz_cost(3, 2) == 2 * 4 * 3 + 8
     assert owners([(4, 4), (8, 8), (4, 4)], 2) == [1, 0, 1]
@@ -125,6 +131,17 @@ def run_rank(rank: int, world_size: int, port: int, directory: str) -> None:
             {"kept": torch.tensor(kept), "restored": torch.tensor(len(restored.state))},
             Path(directory, f"counts-{rank}.safetensors"),
         )
+        # one matrix for all ranks: most have nothing to send, and before the first step nobody has
+        alone = [nn.Parameter(torch.ones(2, 3))]
+        single = Muon(alone, **OPTIONS, ranks=ranks)
+        assert single.state_dict()["state"] == {}
+        single.step()
+        alone[0].grad = torch.full((2, 3), float(rank + 1))
+        single.step()
+        save_file(
+            {"weight": alone[0].detach(), **tensors_of(single.state_dict(), [])},
+            Path(directory, f"single-{rank}.safetensors"),
+        )
         save_file(train_model(ranks, parts), Path(directory, f"model-{rank}.safetensors"))
     os._exit(0)  # as ranks leave: gloo's threads may abort a process while Python shuts down
 
@@ -142,7 +159,7 @@ def results(request, tmp_path_factory):
     mp.spawn(run_rank, args=(request.param, free_port(), str(directory)), nprocs=request.param)
     return {
         name: [load_file(directory / f"{name}-{rank}.safetensors") for rank in range(request.param)]
-        for name in ("muon", "restored", "counts", "model")
+        for name in ("muon", "restored", "counts", "single", "model")
     }
 
 
@@ -189,6 +206,14 @@ def test_a_state_of_many_ranks_goes_on_in_one(results):
     optimizer.load_state_dict(state)
     train(optimizer, parameters, [0, 1, 2, 3], range(STEPS, STEPS + 1))
     assert_close(results["restored"][0], tensors_of(optimizer.state_dict(), parameters), atol=1e-3)
+
+
+def test_ranks_without_a_matrix_take_part(results):
+    world_size = len(results["single"])
+    for found in results["single"]:
+        assert torch.allclose(found["momentum.0"], torch.full((2, 3), (world_size + 1) / 2))
+        assert torch.equal(found["weight"], results["single"][0]["weight"])
+        assert not torch.equal(found["weight"], torch.ones(2, 3))
 
 
 def test_a_whole_model_trains_as_in_one_process(results):
