@@ -22,10 +22,11 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import kernels
 from kernels import testing
+from kernels.muon_update import momentum_newton_schulz_, muon_update_
 
 
 def main() -> None:
-    """Calls every case of `kernels.testing` twice at one shape, with gradients, and every op that takes a list."""
+    """Calls every case of `kernels.testing` twice at one shape, with gradients; every op that takes a list; Muon's."""
     device = torch.device("cuda")
     for case in testing.CASES:
         for dtype in case.dtypes:
@@ -45,6 +46,10 @@ def main() -> None:
         raise SystemExit("fake_quantize_int6 of a list is not what quantize_int6 and dequantize_int6 give")
     if not all(map(torch.equal, codes, unpacked)):
         raise SystemExit("unpack_int6 of a list is not what pack_int6 packed")
+    buffers, gradients = ([torch.randn_like(weight) for weight in weights] for _ in range(2))
+    updates = momentum_newton_schulz_(buffers, gradients, momentum=0.9, nesterov=True)
+    aligned = [torch.randn(16, 64, device=device), torch.randn(3, 1536, device=device)]
+    muon_update_(aligned, [updates[1], updates[2]], [1.0, 1.0], lr=0.1, weight_decay=0.1)
     torch.cuda.synchronize()
     print("every kernel ran")
 
