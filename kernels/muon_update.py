@@ -121,11 +121,11 @@ def _momentum_newton_schulz_(
     steps: int,
     coefficients: str | Triple | Sequence[Triple] | None,
 ) -> list[Tensor]:
-    batches, moving = ([matrix.detach()[None] for matrix in matrices] for matrices in (gradients, buffers))
     triples = coefficients_per_step(coefficients, steps)
-    results = orthogonalize(batches, triples, Momentum(moving, momentum, nesterov))
+    with torch.no_grad():
+        results = orthogonalize(gradients, triples, Momentum(buffers, momentum, nesterov))
     torch.autograd.graph.increment_version(list(buffers))
-    return [result[0] for result in results]
+    return results
 
 
 @functools.lru_cache(KEPT)
@@ -166,7 +166,6 @@ def _muon_update_(
     weight_decay: float,
 ) -> None:
     torch.autograd.graph.increment_version(list(weights))  # so that a graph that kept them notices
-    weights, updates = ([matrix.detach() for matrix in matrices] for matrices in (weights, updates))
     sizes = tuple([weight.numel() for weight in weights])
     device = weights[0].device
     chunks = _chunks(sizes, device)

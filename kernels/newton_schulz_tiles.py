@@ -403,13 +403,17 @@ def _table(
     return kept
 
 
-def _addresses(batches: Sequence[Tensor]) -> list[int]:
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     """Of every matrix."""
-    return [
-        batch.data_ptr() + number * batch[0].numel() * batch.itemsize
-        for batch in batches
-        for number in range(len(batch))
-    ]
+    addresses = []
+    for tensor in tensors:
+        first = tensor.data_ptr()
+        if tensor.dim() == 2:
+            addresses.append(first)
+        else:
+            size = tensor.size(1) * tensor.size(2) * tensor.itemsize
+            addresses += [first + number * size for number in range(len(tensor))]
+    return addresses
 
 
 @functools.cache
@@ -429,14 +433,15 @@ class Momentum(NamedTuple):
 def orthogonalize(
     batches: Sequence[Tensor], coefficients: tuple[Triple, ...], momentum: Momentum | None = None
 ) -> list[Tensor]:
-    """Newton-Schulz of contiguous [batch, M, N], none of them empty, of one dtype, on one device; bfloat16.
+    """Newton-Schulz of contiguous [M, N] or [batch, M, N], none of them empty, of one dtype, on one device; bfloat16.
 
-    With a momentum the batches are gradients: buffer = factor * buffer + gradient, and what is orthogonalized is
+    With a momentum these are gradients: buffer = factor * buffer + gradient, and what is orthogonalized is
     gradient + factor * buffer with `nesterov`, else the buffer. The results share one allocation.
     """
     device = batches[0].device
     stages = STAGES * len(coefficients)
-    plan = _plan(tuple([tuple(batch.shape) for batch in batches]), len(coefficients), device)
+    shapes = tuple([(1, *x.shape) if x.dim() == 2 else tuple(x.shape) for x in batches])
+    plan = _plan(shapes, len(coefficients), device)
     buffers, factor, nesterov = momentum or Momentum((), 0.0, False)
     table, vector = _table(plan, batches, buffers, device)
     # the interpreter can neither multiply bfloat16 nor round to it
