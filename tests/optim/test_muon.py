@@ -221,6 +221,27 @@ def test_a_restored_state_goes_on_the_same():
     assert all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_a_step_never_waits_for_the_device(implementation, monkeypatch):
+    """But the first, which makes what the later ones keep."""
+    monkeypatch.setenv("GOLF_KERNELS", implementation)
+    device = torch.device("cuda")
+    parameters = [nn.Parameter(parameter.detach().to(device)) for parameter in random_parameters()]
+    rates = {"lr": torch.tensor(0.1, device=device), "momentum": torch.tensor(0.9, device=device)}
+    optimizer = Muon(parameters, **rates, weight_decay=0.1)
+    gradients = [torch.randn_like(parameter) for parameter in parameters]
+    for number in range(3):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        torch.cuda.set_sync_debug_mode("default" if number == 0 else "error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(bool(parameter.isfinite().all()) for parameter in parameters)
+
+
 def test_a_copy_goes_on_the_same():
     parameters = random_parameters()
     optimizer = Muon(parameters, lr=0.1)
