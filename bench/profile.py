@@ -149,7 +149,7 @@ def render(content: Mapping[str, Any]) -> str:
         f"{rate['flops_per_second'] / 1e12:.3g} TFLOP/s."
     )
     legend = (
-        f"All figures are of one step. `of ceiling` is the least time for the bytes and operations of a {thing} at the "
+        f"All figures are of one step. `of ceiling` is the least time for the bytes and operations of each {thing} at the "
         f"ceilings' rates, over the time taken; `-` stands where they are not known, `{OUTSIDE}` for work of no stage."
     )
     tables = (_stage_table(content), _kernel_table(content, thing))
