@@ -149,8 +149,8 @@ def render(content: Mapping[str, Any]) -> str:
         f"{rate['flops_per_second'] / 1e12:.3g} TFLOP/s."
     )
     legend = (
-        f"All figures are of one step. `of ceiling` is the least time for the bytes and operations of each {thing} at the "
-        f"ceilings' rates, over the time taken; `-` stands where they are not known, `{OUTSIDE}` for work of no stage."
+        f"All figures are of one step. `of ceiling` is the least time for the bytes and operations of each {thing} at "
+        f"the ceilings' rates, over the time taken; `-` stands where they are not known, `{OUTSIDE}` for work of no stage."
     )
     tables = (_stage_table(content), _kernel_table(content, thing))
     return "\n\n".join(("# One training step", described, times, legend, *tables))
