@@ -150,7 +150,7 @@ def render(content: Mapping[str, Any]) -> str:
     )
     legend = (
         f"All figures are of one step. `of ceiling` is the least time for the bytes and operations of each {thing} at "
-        f"the ceilings' rates, over the time taken; `-` stands where they are not known, `{OUTSIDE}` for no stage's work."
+        f"the ceilings' rates, over the time taken; `-`: they are not known; `{OUTSIDE}`: work of no stage."
     )
     tables = (_stage_table(content), _kernel_table(content, thing))
     return "\n\n".join(("# One training step", described, times, legend, *tables))
