@@ -20,6 +20,7 @@ from golfmodel.config import resolve
 from golfmodel.model.gpt import GPT
 from golfmodel.model.parameters import Group, Storage, exported_parameters, parameter_specs
 from kernels import reference, testing
+from kernels.newton_schulz_plan import multiplications
 
 Draw = Callable[[torch.device, int], dict[str, Any]]  # (device, seed) -> keyword arguments
 
@@ -181,8 +182,7 @@ def _of_the_model(preset: str, shape: str) -> list[Subject]:
 
 def newton_schulz_flops(rows: int, columns: int, steps: int = 5) -> float:
     """Of the products, each in full: for m <= n, steps * (2 m^2 n + 2 m^3 + 2 m^2 n)."""
-    m, n = sorted((rows, columns))
-    return steps * (4.0 * m * m * n + 2.0 * m**3)
+    return 2.0 * steps * multiplications(rows, columns)
 
 
 def _check_exact(op: str, draw: Draw, function: Callable, definition: Callable, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.launch import launch, tl, triton
-from kernels.registration import is_traced
+from kernels.registration import is_captured, is_traced
 from kernels.tuning import next_power_of_2
 
 KEPT = 64  # tables kept for the next call on the same matrices
@@ -111,16 +111,11 @@ def for_each(name: str, matrices: Sequence[Tensor], *others: Sequence) -> list |
     if len(matrices) == 0:
         return matrices[:]
     op = dispatch.implementation(name, matrices[0])
-    if op in _all_at_once and not is_traced(matrices) and not _is_captured(matrices[0]):
+    if op in _all_at_once and not is_traced(matrices) and not is_captured(matrices[0]):
         results = _all_at_once[op](matrices, *others)
     else:
         results = [op(*arguments) for arguments in zip(matrices, *others, strict=True)]
     return tuple(results) if isinstance(matrices, tuple) else list(results)
-
-
-def _is_captured(tensor: Tensor) -> bool:
-    """Whether a CUDA graph records the op: it would keep the address of a table that does not outlive the call."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def offset_and_device(tensor: Tensor) -> tuple[int, int]:

@@ -83,6 +83,19 @@ def launch(
     run(x, y, z, stream, function, metadata, None, None, None, *pointers, *sizes, *constants)
 
 
+@triton.jit
+def number_of(p_number, NUMBER):
+    """A number given by address, or where there is none by value."""
+    if p_number is not None:
+        NUMBER = tl.load(p_number).to(tl.float32)
+    return NUMBER
+
+
+def tensor_and_number(value: float | Tensor) -> tuple[Tensor | None, float]:
+    """What `number_of` takes for a tensor `[]`, or for a number."""
+    return (value, 0.0) if isinstance(value, Tensor) else (None, float(value))
+
+
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor with its elements in a row, a copy where they were not; None for None."""
     return None if tensor is None else tensor.contiguous()

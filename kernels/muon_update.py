@@ -12,34 +12,35 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.launch import cdiv, launch, tl, triton
+from kernels.addresses import KeptTables, typed_pointer
+from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
 from kernels.newton_schulz_tiles import Momentum, orthogonalize
 from kernels.reference import Triple, coefficients_per_step
-from kernels.registration import is_traced
+from kernels.registration import is_captured, is_traced
 
 CHUNK = 4096  # elements of a weight that one program updates
-KEPT = 64  # tables kept for the next call on the same matrices
+VECTOR = 4  # elements that a lane takes at a time: 16 bytes of float32
+KEPT = 64  # what is kept for the next call on matrices of the same shapes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit(do_not_specialize=["LR", "DECAY"])
 def muon_update_kernel(
-    p_first_weight, p_first_update, p_lr, p_chunks, p_matrices, p_scales, LR, DECAY, b_E: tl.constexpr
-):
+    p_first_weight, p_first_update, p_lr, p_chunks, p_matrices, p_scales, LR, DECAY,
+    VECTOR: tl.constexpr, b_E: tl.constexpr,
+):  # fmt: skip
     """w = (1 - lr * decay) * w - lr * scale * u. The b_E elements of one chunk of one matrix a program.
 
     `p_chunks` is int32 [., 2]: matrix, number of the chunk in it; `p_matrices` int64 [Z, 3]: the weight's address, the
-    update's, both multiples of 16, and the size; `p_scales` float32 [Z].
+    update's, both at multiples of VECTOR elements, and the size; `p_scales` float32 [Z].
     """
     matrix = tl.load(p_chunks + 2 * tl.program_id(0))
     p_matrix = p_matrices + 3 * matrix
-    p_weight = tl.multiple_of(tl.load(p_matrix).to(p_first_weight.dtype), 16)
-    p_update = tl.multiple_of(tl.load(p_matrix + 1).to(p_first_update.dtype), 16)
+    p_weight = typed_pointer(p_first_weight, p_matrix, VECTOR)
+    p_update = typed_pointer(p_first_update, p_matrix + 1, VECTOR)
     r_E = tl.load(p_chunks + 2 * tl.program_id(0) + 1).to(tl.int64) * b_E + tl.arange(0, b_E)
     mask = r_E < tl.load(p_matrix + 2)
-    lr = LR
-    if p_lr is not None:
-        lr = tl.load(p_lr).to(tl.float32)
+    lr = number_of(p_lr, LR)
     weight = tl.load(p_weight + r_E, mask=mask, other=0).to(tl.float32)
     update = tl.load(p_update + r_E, mask=mask, other=0).to(tl.float32)
     weight = (1 - lr * DECAY) * weight - lr * tl.load(p_scales + matrix) * update
@@ -100,7 +101,7 @@ def muon_update_(
 def _runs(factor: float | Tensor, *lists: Sequence[Tensor]) -> bool:
     """Whether the kernels take these: contiguous, aligned, of one dtype; and no CUDA graph that outlives a table."""
     first = lists[0][0]
-    if first.dtype not in DTYPES or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if first.dtype not in DTYPES or is_captured(first):
         return False
     if isinstance(factor, Tensor) and factor.device != first.device:
         return False
@@ -139,21 +140,7 @@ def _scales(scales: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(scales, dtype=torch.float32).to(device)
 
 
-_tables: dict[tuple, Tensor] = {}
-
-
-def _table(weights: Sequence[Tensor], updates: Sequence[Tensor], sizes: tuple[int, ...]) -> Tensor:
-    device = weights[0].device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    rows = tuple([(w.data_ptr(), u.data_ptr(), size) for w, u, size in zip(weights, updates, sizes, strict=True)])
-    # The stream is in the key, because only there has the table surely arrived.
-    key = (device, stream, rows)
-    if key not in _tables:
-        if len(_tables) >= KEPT:
-            del _tables[next(iter(_tables))]
-        on_host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        _tables[key] = on_host.to(device, non_blocking=True)
-    return _tables[key]
+_tables = KeptTables()
 
 
 @dispatch.register_triton("muon_update_")
@@ -169,13 +156,14 @@ def _muon_update_(
     sizes = tuple([weight.numel() for weight in weights])
     device = weights[0].device
     chunks = _chunks(sizes, device)
-    tensor, number = (lr, 0.0) if isinstance(lr, Tensor) else (None, float(lr))
+    rows = [(w.data_ptr(), u.data_ptr(), size) for w, u, size in zip(weights, updates, sizes, strict=True)]
+    tensor, number = tensor_and_number(lr)
     given = (weights[0], updates[0], tensor)
     launch(
         muon_update_kernel,
         (len(chunks),),
-        (*given, chunks, _table(weights, updates, sizes), _scales(tuple(scales), device)),
+        (*given, chunks, _tables.on(device, rows), _scales(tuple(scales), device)),
         (number, float(weight_decay)),
-        (CHUNK,),
+        (VECTOR, CHUNK),
         num_warps=8,
     )

@@ -12,12 +12,14 @@ from kernels import dispatch, reference
 from kernels.checks import FLOATS, check_device, check_dtype, check_integer
 from kernels.newton_schulz_tiles import orthogonalize
 from kernels.reference import NAMED_COEFFICIENTS, Triple, coefficients_per_step
-from kernels.registration import is_traced
+from kernels.registration import is_captured, is_traced
 
 
 def _run(matrices: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tensor]:
     """Of tensors [..., M, N], none of them empty or float64; the coefficients of all steps in one row."""
     triples = tuple(zip(*[iter(coefficients)] * 3, strict=True))
+    if is_captured(matrices[0]):
+        return reference.newton_schulz(list(matrices), steps=len(triples), coefficients=triples)
     by_dtype: dict[torch.dtype, list[int]] = {}
     for index, matrix in enumerate(matrices):
         by_dtype.setdefault(matrix.dtype, []).append(index)
@@ -35,11 +37,7 @@ def _run(matrices: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tens
 @torch.library.custom_op("golf::newton_schulz", mutates_args=())
 def _traced(matrices: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tensor]:
     """`_run` where something traces: there no result may share memory with another."""
-    if matrices[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        triples = tuple(zip(*[iter(coefficients)] * 3, strict=True))
-        results = reference.newton_schulz(list(matrices), steps=len(triples), coefficients=triples)
-        return [result.contiguous() for result in results]
-    return [result.clone() for result in _run(matrices, coefficients)]
+    return [result.clone(memory_format=torch.contiguous_format) for result in _run(matrices, coefficients)]
 
 
 @_traced.register_fake
@@ -56,8 +54,7 @@ def _op(
 ) -> Tensor | list[Tensor] | tuple[Tensor, ...]:
     if isinstance(matrices, Tensor):
         return _op([matrices], steps=steps, coefficients=coefficients)[0]
-    differentiated = torch.is_grad_enabled() and any([matrix.requires_grad for matrix in matrices])
-    if differentiated or _is_captured(matrices):
+    if torch.is_grad_enabled() and any([matrix.requires_grad for matrix in matrices]):
         return reference.newton_schulz(matrices, steps=steps, coefficients=coefficients)
     ours = [index for index, matrix in enumerate(matrices) if matrix.numel() and matrix.dtype != torch.float64]
     flat = [float(number) for triple in coefficients_per_step(coefficients, steps) for number in triple]
@@ -67,11 +64,6 @@ def _op(
     others = reference.newton_schulz([matrices[index] for index in rest], steps=steps, coefficients=coefficients)
     results.update(zip(rest, others, strict=True))
     return type(matrices)([results[index] for index in range(len(matrices))])
-
-
-def _is_captured(matrices: Sequence[Tensor]) -> bool:
-    """Whether a CUDA graph records the op: it would keep the address of a table that does not outlive the call."""
-    return matrices[0].is_cuda and not is_traced(matrices) and torch.cuda.is_current_stream_capturing()
 
 
 def newton_schulz(

@@ -22,30 +22,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.launch import cdiv, launch, tl, triton
+from kernels.addresses import KeptTables, typed_pointer
+from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
+from kernels.newton_schulz_plan import ALIGNMENT, CHUNK, KEPT, STAGES, START_ROWS, TILE, Plan, plan_of
 from kernels.reference import Triple
 from kernels.tuning import next_power_of_2
 
-TILE = 128
 DEPTH = 64  # of a step along the inner dimension of a product
-STAGES = 3
-CHUNK = 8192  # elements whose squares one program adds up
-START_ROWS = 32  # of a tile that one program writes the start of
-ALIGNMENT = 8  # elements: every result starts at a multiple of 16 bytes
-KEPT = 64  # plans, and tables of addresses, kept for the next call on the same matrices
-
-
-@triton.jit
-def typed_pointer(p_first, p_address, VECTOR: tl.constexpr):
-    """The address as a pointer of p_first's type, at a multiple of VECTOR elements."""
-    BYTES: tl.constexpr = p_first.dtype.element_ty.primitive_bitwidth // 8
-    return tl.multiple_of(tl.load(p_address).to(p_first.dtype), VECTOR * BYTES)
 
 
 @triton.jit
@@ -85,9 +74,7 @@ def square_sums_kernel(
     mask = r_E < size
     x = tl.load(p_x + r_E, mask=mask, other=0)
     if p_first_buffer is not None:
-        momentum = MOMENTUM
-        if p_momentum is not None:
-            momentum = tl.load(p_momentum).to(tl.float32)
+        momentum = number_of(p_momentum, MOMENTUM)
         p_buffer = typed_pointer(p_first_buffer, p_matrix + 6, 1)
         buffer = moved(p_buffer, x.to(tl.float32), momentum, r_E, mask)
         tl.store(p_buffer + r_E, buffer, mask=mask)
@@ -133,9 +120,7 @@ def start_kernel(
     offsets = r_M[:, None] * N + r_N[None, :]
     x = tl.load(p_x + offsets, mask=mask, other=0).to(tl.float32)
     if p_first_buffer is not None:
-        momentum = MOMENTUM
-        if p_momentum is not None:
-            momentum = tl.load(p_momentum).to(tl.float32)
+        momentum = number_of(p_momentum, MOMENTUM)
         p_buffer = typed_pointer(p_first_buffer, p_matrix + 6, VECTOR)
         x = ahead(tl.load(p_buffer + offsets, mask=mask, other=0), x, momentum, NESTEROV)
     x = x * first.to(tl.float32) * second
@@ -144,45 +129,28 @@ def start_kernel(
 
 
 @triton.jit
-def times(p_left, p_right, left_step, right_step, K, b_T: tl.constexpr, b_K: tl.constexpr):
-    """Left tiles times right tiles, K of each; from one to the next it is `left_step` and `right_step` tiles."""
-    left_offsets = tl.arange(0, b_T)[:, None] * b_T + tl.arange(0, b_K)[None, :]
-    right_offsets = tl.arange(0, b_K)[:, None] * b_T + tl.arange(0, b_T)[None, :]
+def product_of(
+    p_left, p_right, left_step, right_step, K,
+    LEFT_TRANSPOSED: tl.constexpr, RIGHT_TRANSPOSED: tl.constexpr, b_T: tl.constexpr, b_K: tl.constexpr,
+):  # fmt: skip
+    """Left tiles times right tiles, K of each, transposed where it says so; `left_step`, `right_step` tiles apart."""
+    columns = tl.arange(0, b_T)[:, None] * b_T + tl.arange(0, b_K)[None, :]  # b_K columns of a tile
+    rows = tl.arange(0, b_K)[:, None] * b_T + tl.arange(0, b_T)[None, :]  # b_K rows of a tile
     product = tl.zeros((b_T, b_T), tl.float32)
     for k in tl.range(0, K * b_T, b_K):
         tile = k // b_T
         within = tl.multiple_of(k % b_T, b_K)
-        left = tl.load(p_left + tile * left_step * (b_T * b_T) + within + left_offsets)
-        right = tl.load(p_right + tile * right_step * (b_T * b_T) + within * b_T + right_offsets)
+        p_left_tile = p_left + tile * left_step * (b_T * b_T)
+        p_right_tile = p_right + tile * right_step * (b_T * b_T)
+        if LEFT_TRANSPOSED:
+            left = tl.trans(tl.load(p_left_tile + within * b_T + rows))
+        else:
+            left = tl.load(p_left_tile + within + columns)
+        if RIGHT_TRANSPOSED:
+            right = tl.trans(tl.load(p_right_tile + within + columns))
+        else:
+            right = tl.load(p_right_tile + within * b_T + rows)
         product = tl.dot(left, right, product)
-    return product
-
-
-@triton.jit
-def times_transpose(p_left, p_right, left_step, right_step, K, b_T: tl.constexpr, b_K: tl.constexpr):
-    """Left tiles times the transposes of right tiles."""
-    offsets = tl.arange(0, b_T)[:, None] * b_T + tl.arange(0, b_K)[None, :]
-    product = tl.zeros((b_T, b_T), tl.float32)
-    for k in tl.range(0, K * b_T, b_K):
-        tile = k // b_T
-        within = tl.multiple_of(k % b_T, b_K)
-        left = tl.load(p_left + tile * left_step * (b_T * b_T) + within + offsets)
-        right = tl.load(p_right + tile * right_step * (b_T * b_T) + within + offsets)
-        product = tl.dot(left, tl.trans(right), product)
-    return product
-
-
-@triton.jit
-def transpose_times(p_left, p_right, left_step, right_step, K, b_T: tl.constexpr, b_K: tl.constexpr):
-    """The transposes of left tiles times right tiles."""
-    offsets = tl.arange(0, b_K)[:, None] * b_T + tl.arange(0, b_T)[None, :]
-    product = tl.zeros((b_T, b_T), tl.float32)
-    for k in tl.range(0, K * b_T, b_K):
-        tile = k // b_T
-        within = tl.multiple_of(k % b_T, b_K)
-        left = tl.load(p_left + tile * left_step * (b_T * b_T) + within * b_T + offsets)
-        right = tl.load(p_right + tile * right_step * (b_T * b_T) + within * b_T + offsets)
-        product = tl.dot(tl.trans(left), right, product)
     return product
 
 
@@ -201,7 +169,7 @@ def newton_schulz_kernel(
 ):  # fmt: skip
     """target = alpha * (the product of left and right tiles) + beta * added, for every item.
 
-    `p_items` is int32 [I, 16]: the form of the product (0 `times`, 1 `times_transpose`, 2 `transpose_times`); first
+    `p_items` is int32 [I, 16]: which side of the product is transposed (0 none, 1 the right, 2 the left); first
     tile and step of left and of right; how many; the tiles added, written, and written transposed (-1: none); stage;
     matrix; row and column of the tile; the counter to wait for (-1: none), what it must say, and the one to raise.
     `p_factors` is float32 [J, 2]: alpha and beta of each stage. LAST is the stage whose tiles are the results.
@@ -231,11 +199,11 @@ def newton_schulz_kernel(
             wait_for(p_done + waits_for, count)
 
         if form == 0:
-            product = times(p_left, p_right, left_step, right_step, K, b_T, b_K)
+            product = product_of(p_left, p_right, left_step, right_step, K, False, False, b_T, b_K)
         elif form == 1:
-            product = times_transpose(p_left, p_right, left_step, right_step, K, b_T, b_K)
+            product = product_of(p_left, p_right, left_step, right_step, K, False, True, b_T, b_K)
         else:
-            product = transpose_times(p_left, p_right, left_step, right_step, K, b_T, b_K)
+            product = product_of(p_left, p_right, left_step, right_step, K, True, False, b_T, b_K)
 
         product *= alpha
         if beta != 0:
@@ -260,115 +228,6 @@ def newton_schulz_kernel(
         item = tl.atomic_add(p_done, 1, sem="relaxed")
 
 
-class _Plan(NamedTuple):
-    """What depends on shapes alone: where everything lies, and in which order it is worked on."""
-
-    rows: list[list[int]]  # of `p_matrices`
-    chunks: Tensor  # for `square_sums_kernel`
-    parts: Tensor  # for `start_kernel`
-    items: Tensor  # for `newton_schulz_kernel`
-    starts: list[int]  # where the results of each batch begin
-    columns: int  # a divisor of every N
-    alignment: int  # a divisor of where every result begins
-    workspace: int  # tiles
-    results: int  # elements
-
-
-class _Place(NamedTuple):
-    """A matrix in the workspace: its size in tiles, and the first tiles of X, of X after an update, of A and of B."""
-
-    rows: int
-    columns: int
-    x: tuple[int, int]
-    gram: int
-    polynomial: int
-
-
-def _place(M: int, N: int, first: int) -> _Place:
-    rows, columns = cdiv(M, TILE), cdiv(N, TILE)
-    size, square = rows * columns, min(rows, columns) ** 2
-    return _Place(rows, columns, (first, first + size), first + 2 * size, first + 2 * size + square)
-
-
-def _tiles(place: _Place) -> int:
-    return 2 * (place.rows * place.columns + min(place.rows, place.columns) ** 2)
-
-
-def work_order(places: Sequence[_Place], iterations: int) -> list[tuple[int, ...]]:
-    """Every item in the order in which items are handed out: stage by stage, the most expensive matrices first."""
-
-    def cost(matrix: int) -> int:
-        short, long = sorted(places[matrix][:2])
-        return 2 * short * short * long + short**3
-
-    by_cost = sorted(range(len(places)), key=cost, reverse=True)
-    stages = STAGES * iterations
-    return [item for stage in range(stages) for matrix in by_cost for item in _items(places, matrix, stage, stages)]
-
-
-def _items(places: Sequence[_Place], matrix: int, stage: int, stages: int) -> Iterator[tuple[int, ...]]:
-    """The items of one stage of one matrix, as `newton_schulz_kernel` reads them."""
-    rows, columns, xs, gram, polynomial = places[matrix]
-    side = min(rows, columns)
-    x, x_next = xs[stage // STAGES % 2], xs[(stage // STAGES + 1) % 2]
-    kind = stage % STAGES
-    counter = 1 + matrix * stages + stage
-    count = rows * columns if kind == 0 else side * (side + 1) // 2
-    waits = (counter - 1, count) if stage else (-1, 0)
-    for row in range(rows if kind == 2 else side):
-        for column in range(columns) if kind == 2 else range(row, side):
-            if kind == 2:
-                at = row * columns + column
-                if rows <= columns:
-                    product = (0, polynomial + row * side, 1, x + column, columns, side)
-                else:
-                    product = (1, x + row * side, 1, polynomial + column * side, 1, side)
-                written = (x + at, x_next + at, -1)
-            else:
-                source = gram if kind else x
-                if kind == 0 and rows > columns:
-                    product = (2, x + row, columns, x + column, columns, rows)
-                else:
-                    long = side if kind else columns
-                    product = (1, source + row * long, 1, source + column * long, 1, long)
-                target, mirror = row * side + column, column * side + row
-                base = polynomial if kind else gram
-                written = (gram + target, base + target, base + mirror if row != column else -1)
-            yield (*product, *written, stage, matrix, row * TILE, column * TILE, *waits, counter)
-
-
-@functools.lru_cache(KEPT)
-def _plan(shapes: tuple[tuple[int, int, int], ...], iterations: int, device: torch.device) -> _Plan:
-    """For batches of so many matrices [M, N]."""
-    rows, chunks, parts, places, starts = [], [], [], [], []
-    workspace = results = 0
-    for batch, M, N in shapes:
-        results = cdiv(results, ALIGNMENT) * ALIGNMENT
-        starts.append(results)
-        for _ in range(batch):
-            matrix = len(rows)
-            place = _place(M, N, workspace)
-            count = cdiv(M * N, CHUNK)
-            rows.append([0, M, N, len(chunks), count, results, 0])
-            chunks += [(matrix, number) for number in range(count)]
-            for row in range(0, place.rows * TILE, START_ROWS):
-                first = place.x[0] + row // TILE * place.columns
-                parts += [(matrix, row, column * TILE, first + column) for column in range(place.columns)]
-            places.append(place)
-            workspace += _tiles(place)
-            results += M * N
-    tables = (chunks, parts, work_order(places, iterations))
-    return _Plan(
-        rows,
-        *(torch.tensor(table, dtype=torch.int32).to(device) for table in tables),
-        starts=starts,
-        columns=math.gcd(*[N for _, _, N in shapes]),
-        alignment=math.gcd(ALIGNMENT, *[row[5] for row in rows]),
-        workspace=workspace,
-        results=results,
-    )
-
-
 @functools.lru_cache(KEPT)
 def _factors(coefficients: tuple[Triple, ...], device: torch.device) -> Tensor:
     """Alpha and beta of every stage."""
@@ -376,31 +235,17 @@ def _factors(coefficients: tuple[Triple, ...], device: torch.device) -> Tensor:
     return torch.tensor(factors, dtype=torch.float32).to(device)
 
 
-_tables: dict[tuple, tuple[Tensor, int]] = {}
+_tables = KeptTables()
 
 
-def _table(
-    plan: _Plan, batches: Sequence[Tensor], buffers: Sequence[Tensor], device: torch.device
-) -> tuple[Tensor, int]:
+def _table(plan: Plan, batches: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[Tensor, int]:
     """The plan's rows with these addresses, on the device; and how many elements a lane can take at a time."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    # The stream is in the key, because only there has the table surely arrived.
-    lists = (batches, buffers)
-    key = (device, stream, *[tuple([(x.data_ptr(), x.dtype, x.shape) for x in tensors]) for tensors in lists])
-    kept = _tables.get(key)
-    if kept is None:
-        if len(_tables) >= KEPT:
-            del _tables[next(iter(_tables))]
-        addresses = _addresses(batches)
-        momenta = _addresses(buffers) if buffers else [0] * len(addresses)
-        rows = [
-            [address, *row[1:6], momentum] for address, row, momentum in zip(addresses, plan.rows, momenta, strict=True)
-        ]
-        on_host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        size = batches[0].itemsize
-        vector = math.gcd(16 // size, plan.columns, *[address // size for address in (*addresses, *momenta)])
-        kept = _tables[key] = on_host.to(device, non_blocking=True), vector
-    return kept
+    addresses, momenta = _addresses(batches), _addresses(buffers)
+    size = batches[0].itemsize
+    vector = math.gcd(16 // size, plan.columns, *[address // size for address in (*addresses, *momenta)])
+    momenta = momenta or [0] * len(addresses)
+    rows = zip(addresses, plan.rows, momenta, strict=True)
+    return _tables.on(batches[0].device, [(address, *row[1:6], momentum) for address, row, momentum in rows]), vector
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -441,9 +286,9 @@ def orthogonalize(
     device = batches[0].device
     stages = STAGES * len(coefficients)
     shapes = tuple([(1, *x.shape) if x.dim() == 2 else tuple(x.shape) for x in batches])
-    plan = _plan(shapes, len(coefficients), device)
+    plan = plan_of(shapes, len(coefficients), device)
     buffers, factor, nesterov = momentum or Momentum((), 0.0, False)
-    table, vector = _table(plan, batches, buffers, device)
+    table, vector = _table(plan, batches, buffers)
     # the interpreter can neither multiply bfloat16 nor round to it
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     work = torch.empty(plan.workspace * TILE * TILE, dtype=dtype, device=device)
@@ -453,7 +298,7 @@ def orthogonalize(
     counters = 1 + stages * len(plan.rows)
     done = torch.empty(counters, dtype=torch.int32, device=device)
 
-    tensor, number = (factor, 0.0) if isinstance(factor, Tensor) else (None, float(factor))
+    tensor, number = tensor_and_number(factor)
     given = (batches[0], buffers[0] if buffers else None, tensor)
     launch(
         square_sums_kernel,

@@ -26,6 +26,11 @@ def _stands_in(argument: Any) -> bool:
     return isinstance(argument, Tensor) and type(argument) not in _PLAIN
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph records what is done to it: it would keep addresses of tables that may be gone by then."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def register(
     name: str,
     run: Callable,

@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 
 from golfmodel.runtime.distributed import Ranks
+from kernels.newton_schulz_plan import multiplications
 
 ALIGNMENT = 8  # numbers: every matrix begins at a multiple of 16 bytes, in bfloat16 too
-
-
-def newton_schulz_cost(rows: int, columns: int) -> int:
-    """Multiplications of one iteration on the short side m and the long side n: 2 m^2 n + m^3."""
-    short, long = sorted((rows, columns))
-    return short * short * (2 * long + short)
 
 
 def owners(shapes: Sequence[tuple[int, int]], world_size: int, settled: Sequence[int] = ()) -> list[int]:
@@ -29,11 +24,11 @@ def owners(shapes: Sequence[tuple[int, int]], world_size: int, settled: Sequence
     load = [0] * world_size
     owner = [*settled, *[0] * (len(shapes) - len(settled))]
     for index, rank in enumerate(settled):
-        load[rank] += newton_schulz_cost(*shapes[index])
+        load[rank] += multiplications(*shapes[index])
     fresh = range(len(settled), len(shapes))
-    for index in sorted(fresh, key=lambda index: -newton_schulz_cost(*shapes[index])):
+    for index in sorted(fresh, key=lambda index: -multiplications(*shapes[index])):
         owner[index] = min(range(world_size), key=load.__getitem__)
-        load[owner[index]] += newton_schulz_cost(*shapes[index])
+        load[owner[index]] += multiplications(*shapes[index])
     return owner
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import newton_schulz_tiles as tiles
+from kernels import newton_schulz_plan as plan
 from kernels.muon_update import momentum_newton_schulz_
 
 SHAPES = [(128, 128), (256, 128), (128, 384), (512, 256), (1, 700), (300, 1)]
@@ -20,8 +20,8 @@ FORMS = (
 def places_of(shapes):
     places, first = [], 0
     for shape in shapes:
-        places.append(tiles._place(*shape, first))
-        first += tiles._tiles(places[-1])
+        places.append(plan.place_of(*shape, first))
+        first += plan.tiles_of(places[-1])
     return places, first
 
 
@@ -38,7 +38,7 @@ def writes_of(item):
 
 @pytest.fixture(scope="module")
 def order():
-    return tiles.work_order(places_of(SHAPES)[0], 3)
+    return plan.work_order(places_of(SHAPES)[0], 3)
 
 
 def test_items_wait_for_what_comes_before_them(order):
@@ -61,7 +61,7 @@ def test_a_stage_reads_what_the_stages_before_have_written(order):
         products = set().union(*(reads_of(item)[0] for item in items))
         written_now = Counter(tile for item in items for tile in writes_of(item))
         assert products <= written
-        if stage % tiles.STAGES:  # the first stage adds nothing
+        if stage % plan.STAGES:  # the first stage adds nothing
             assert {reads_of(item)[1] for item in items} <= written
         assert set(written_now.values()) == {1}
         # items of one stage run at the same time: none may write what another reads
@@ -76,10 +76,10 @@ def test_no_matrix_touches_anothers_tiles(order):
     places, total = places_of(SHAPES)
     for item in order:
         place = places[item[10]]
-        own = range(place.x[0], place.x[0] + tiles._tiles(place))
+        own = range(place.x[0], place.x[0] + plan.tiles_of(place))
         products, added = reads_of(item)
         assert {*products, added, *writes_of(item)} <= set(own)
-    assert sum(map(tiles._tiles, places)) == total
+    assert sum(map(plan.tiles_of, places)) == total
 
 
 def test_items_are_the_iteration():
@@ -93,7 +93,7 @@ def test_items_are_the_iteration():
         rows, columns = place.rows, place.columns
         work[: rows * columns] = matrix.reshape(rows, 128, columns, 128).transpose(1, 2).reshape(-1, 128, 128)
         factors = [pair for a, b, c in coefficients for pair in ((1.0, 0.0), (c, b), (1.0, a))]
-        for item in tiles.work_order([place], len(coefficients)):
+        for item in plan.work_order([place], len(coefficients)):
             form, left, left_step, right, right_step, count, added, target, mirror, stage = item[:10]
             product = sum(FORMS[form](work[left + k * left_step], work[right + k * right_step]) for k in range(count))
             alpha, beta = factors[stage]

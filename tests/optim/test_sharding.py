@@ -17,8 +17,9 @@ from golfmodel.model.gpt import GPT
 from golfmodel.model.parameters import Group, parameter_specs
 from golfmodel.optim.groups import Optimizers
 from golfmodel.optim.muon import Muon
-from golfmodel.optim.sharding import newton_schulz_cost, owners
+from golfmodel.optim.sharding import owners
 from golfmodel.runtime.distributed import process_group
+from kernels.newton_schulz_plan import multiplications
 
 SHAPES = [(6, 6), (4, 9), (9, 4), (16, 8), (1, 5)]  # the last never has a gradient
 SPLITS = {2: [2, 2], 4: [1, 1, 1, 1]}
@@ -39,8 +40,8 @@ def test_every_matrix_has_one_owner_and_no_rank_waits_long(world_size):
     owner = owners(shapes, world_size)
     assert len(owner) == 49
     assert set(owner) <= set(range(world_size))
-    load = [sum(newton_schulz_cost(*shapes[i]) for i in range(49) if owner[i] == rank) for rank in range(world_size)]
-    assert max(load) <= max(1.06 * sum(load) / world_size, *(newton_schulz_cost(*shape) for shape in shapes))
+    load = [sum(multiplications(*shapes[i]) for i in range(49) if owner[i] == rank) for rank in range(world_size)]
+    assert max(load) <= max(1.06 * sum(load) / world_size, *(multiplications(*shape) for shape in shapes))
 
 
 def test_owners_stay_when_matrices_come():
@@ -50,7 +51,7 @@ def test_owners_stay_when_matrices_come():
 
 
 def test_cost_is_that_of_the_short_side():
-    assert newton_schulz_cost(2, 3) == newton_schulz_cost(3, 2) == 2 * 4 * 3 + 8
+    assert multiplications(2, 3) == multiplications(3, 2) == 2 * 4 * 3 + 8
     assert owners([(4, 4), (8, 8), (4, 4)], 2) == [1, 0, 1]
 
 
