@@ -73,7 +73,7 @@ _verdicts: dict[tuple[str, str, str, torch.device], str] = {}
 
 
 def equivalence(subject: Subject, device: torch.device) -> str:
-    """ "passed", or how the public op differs from its reference on this device; checked once in a process."""
+    """Says "passed", or how the public op differs from its reference on this device; checked once in a process."""
     key = (subject.op, subject.dtype, subject.checked_as, device)
     if key not in _verdicts:
         try:

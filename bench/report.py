@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NOISE = 0.05  # two runs of one commit differ by less on rows above 50 us
+NOISE = 0.05  # a change in time below it is not told
 PROVIDER_COLOURS = {
     "triton": "tab:blue",
     "compile": "tab:orange",

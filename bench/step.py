@@ -92,19 +92,15 @@ class TrainingStep:
                 self.optimizers.step()
         return loss.detach()
 
-    def part(self, *, optimizers: bool) -> Callable[[int], object]:
-        """Forward and backward alone, or the optimizers alone on the gradients of one step, for a clock."""
-        if optimizers:
-            return self._optimizers_alone()
-        return self._forward_and_backward
-
-    def _forward_and_backward(self, index: int) -> None:
+    def forward_and_backward(self, index: int) -> None:
+        """On batch `index`; leaves no gradients."""
         inputs_BT, targets_BT = self.batches[index % len(self.batches)]
         with kernels_chosen(self._kernels):
             self._loss(inputs_BT, targets_BT).backward()
         self.model.zero_grad(set_to_none=True)
 
-    def _optimizers_alone(self) -> Callable[[int], object]:
+    def optimizers_alone(self) -> Callable[[int], object]:
+        """Their step as a function, on the gradients of one step, again and again."""
         self.model.zero_grad(set_to_none=True)
         with kernels_chosen(self._kernels):
             self._loss(*self.batches[0]).backward()

@@ -42,7 +42,7 @@ class Subject:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """ "forward", and "backward" where there is something to do."""
+        """Always "forward", and "backward" where there is something to do."""
         return ("forward", "backward") if self.differentiable else ("forward",)
 
     @property

@@ -38,7 +38,7 @@ def measure(config: Config, implementations: tuple[str, ...], ceilings: Ceilings
     steps = {choice: TrainingStep(config, device, kernels=choice) for choice in implementations}
     timed = {}
     for choice, step in steps.items():
-        functions = (step, step.part(optimizers=False), step.part(optimizers=True))
+        functions = (step, step.forward_and_backward, step.optimizers_alone())
         timed.update({(choice, part): function for part, function in zip(PARTS, functions, strict=True)})
     times = interleaved(timed, sets=2, device=device, rounds=ROUNDS)
     verdict = "not checked"

@@ -21,7 +21,7 @@ def config(tiny_options) -> Config:
 def test_flops_are_those_of_the_products_and_of_causal_attention(config):
     step = TrainingStep(config, CPU, kernels="reference")
     with FlopCounterMode(display=False) as counter:
-        step._forward_and_backward(0)
+        step.forward_and_backward(0)
     counted = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     products = sum(flops for op, flops in counted.items() if "attention" not in op)
     # The counter takes attention's products in full and knows no causal mask.
@@ -50,9 +50,9 @@ def test_a_step_trains_and_frees_its_gradients(config):
 def test_parts_leave_out_what_they_say(config):
     step = TrainingStep(config, CPU, kernels="reference")
     weights = [parameter.detach().clone() for parameter in step.model.parameters()]
-    step.part(optimizers=False)(0)
+    step.forward_and_backward(0)
     assert all(map(torch.equal, weights, step.model.parameters()))
-    alone = step.part(optimizers=True)
+    alone = step.optimizers_alone()
     assert all(parameter.grad is None for parameter in step.model.parameters())
     alone(0)
     assert not all(map(torch.equal, weights, step.model.parameters()))
