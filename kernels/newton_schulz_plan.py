@@ -47,10 +47,12 @@ class Plan(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A matrix in the workspace: its size in tiles, and the first tiles of X, of X after an update, of A and of B."""
+    """A matrix in the workspace: its size in tiles, whether it has more rows than columns (of elements), and the first
+    tiles of X, of X after an update, of A and of B."""
 
     rows: int
     columns: int
+    tall: bool
     x: tuple[int, int]
     gram: int
     polynomial: int
@@ -59,7 +61,7 @@ class Place(NamedTuple):
 def place_of(M: int, N: int, first: int) -> Place:
     rows, columns = cdiv(M, TILE), cdiv(N, TILE)
     size, square = rows * columns, min(rows, columns) ** 2
-    return Place(rows, columns, (first, first + size), first + 2 * size, first + 2 * size + square)
+    return Place(rows, columns, M > N, (first, first + size), first + 2 * size, first + 2 * size + square)
 
 
 def tiles_of(place: Place) -> int:
@@ -76,7 +78,7 @@ def work_order(places: Sequence[Place], iterations: int) -> list[tuple[int, ...]
 
 def _items(places: Sequence[Place], matrix: int, stage: int, stages: int) -> Iterator[tuple[int, ...]]:
     """The items of one stage of one matrix, as `newton_schulz_kernel` reads them."""
-    rows, columns, xs, gram, polynomial = places[matrix]
+    rows, columns, tall, xs, gram, polynomial = places[matrix]
     side = min(rows, columns)
     x, x_next = xs[stage // STAGES % 2], xs[(stage // STAGES + 1) % 2]
     kind = stage % STAGES
@@ -87,14 +89,14 @@ def _items(places: Sequence[Place], matrix: int, stage: int, stages: int) -> Ite
         for column in range(columns) if kind == 2 else range(row, side):
             if kind == 2:
                 at = row * columns + column
-                if rows <= columns:
-                    product = (0, polynomial + row * side, 1, x + column, columns, side)
-                else:
+                if tall:
                     product = (1, x + row * side, 1, polynomial + column * side, 1, side)
+                else:
+                    product = (0, polynomial + row * side, 1, x + column, columns, side)
                 written = (x + at, x_next + at, -1)
             else:
                 source = gram if kind else x
-                if kind == 0 and rows > columns:
+                if kind == 0 and tall:
                     product = (2, x + row, columns, x + column, columns, rows)
                 else:
                     long = side if kind else columns

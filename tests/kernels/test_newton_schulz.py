@@ -417,9 +417,10 @@ def test_compiled_equals_eager(coefficients, device, compiled):
     assert torch.equal(compiled(orthogonalize)(matrices[1]), orthogonalize(matrices[1]))
 
 
-def test_fake_tensors():
+def test_fake_tensors(device):
     with FakeTensorMode():
-        results = kernels.newton_schulz([torch.empty(4, 6), torch.empty(2, 6, 4, dtype=torch.float64)])
+        matrices = [torch.empty(4, 6, device=device), torch.empty(2, 6, 4, dtype=torch.float64, device=device)]
+        results = kernels.newton_schulz(matrices)
     assert [(tuple(result.shape), result.dtype) for result in results] == [
         ((4, 6), torch.bfloat16),
         ((2, 6, 4), torch.float64),

@@ -9,7 +9,7 @@ import kernels
 from kernels import newton_schulz_plan as plan
 from kernels.muon_update import momentum_newton_schulz_
 
-SHAPES = [(128, 128), (256, 128), (128, 384), (512, 256), (1, 700), (300, 1)]
+SHAPES = [(128, 128), (256, 128), (128, 384), (512, 256), (1, 700), (300, 1), (250, 200)]
 FORMS = (
     lambda left, right: left @ right,
     lambda left, right: left @ right.mT,
