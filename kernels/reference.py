@@ -111,7 +111,9 @@ def quantize_int6(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
     values_RC = torch.nan_to_num(weight_RC.detach().to(_compute_dtype(weight_RC.dtype)))
     rows, columns = values_RC.shape
     largest_R = values_RC.abs().amax(dim=1) if columns else values_RC.new_zeros(rows)
-    scale_R = (largest_R / INT6_LIMIT).clamp(max=FP16_MAX).to(torch.float16)
+    # By a number, a GPU divides by multiplying with its reciprocal, which is not always the quotient.
+    limit_R = torch.full_like(largest_R, INT6_LIMIT)
+    scale_R = (largest_R / limit_R).clamp(max=FP16_MAX).to(torch.float16)
     scale_R = torch.where(scale_R == 0, torch.ones_like(scale_R), scale_R)
     levels_RC = torch.round(values_RC / scale_R.to(values_RC.dtype).unsqueeze(1))
     return levels_RC.clamp(-INT6_LIMIT, INT6_LIMIT).to(torch.int8), scale_R

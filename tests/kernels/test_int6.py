@@ -65,6 +65,17 @@ def test_quantize_follows_the_definition(shape, dtype, device):
     assert_quantizes_by_the_definition(make(shape, dtype, device))
 
 
+def test_scales_are_quotients(device):
+    """Of all mantissas, those for which a product with the reciprocal of 31 would give another scale."""
+    largest = (np.arange(2**23, dtype=np.uint32) + np.float32(0.125).view(np.uint32)).view(np.float32)
+    scale = (largest / np.float32(31)).astype(np.float16)
+    differs = (largest * np.float32(1 / 31)).astype(np.float16) != scale
+    assert differs.any()
+    weight = torch.from_numpy(largest[differs][:, None]).to(device)
+    for quantize in (reference.quantize_int6, kernels.quantize_int6):
+        assert quantize(weight)[1].tolist() == scale[differs].tolist()
+
+
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(
     weight=hnp.arrays(
