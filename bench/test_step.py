@@ -67,14 +67,14 @@ def measure(config: Config, implementations: tuple[str, ...], ceilings: Ceilings
 
 @pytest.fixture(scope="module")
 def measured(ceilings: Ceilings) -> Callable[[Config, tuple[str, ...]], dict[tuple[str, str], Row]]:
-    latest: dict[object, dict[tuple[str, str], Row]] = {}
+    kept: dict[Config, dict[tuple[str, str], Row]] = {}
 
     def rows_of(config: Config, implementations: tuple[str, ...]) -> dict[tuple[str, str], Row]:
-        key = (config, implementations)
-        if key not in latest:
-            latest.clear()
-            latest[key] = {(row.provider, row.part): row for row in measure(config, implementations, ceilings)}
-        return latest[key]
+        rows = kept.get(config, {})
+        if not {choice for choice, _ in rows}.issuperset(implementations):
+            rows = {(row.provider, row.part): row for row in measure(config, implementations, ceilings)}
+            kept[config] = rows
+        return rows
 
     return rows_of
 

@@ -96,6 +96,20 @@ def test_a_copy_on_the_device_takes_what_its_bytes_take():
 
 
 @pytest.mark.gpu
+def test_more_launches_than_a_queue_holds():
+    device = torch.device("cuda")
+    x = torch.zeros(2**24, device=device)
+
+    def often(_):
+        for _ in range(1500):
+            x.add_(1)
+
+    taken = interleaved({"often": often, "once": lambda _: x.add_(1)}, sets=1, device=device, rounds=3)
+    assert taken["often"].median == pytest.approx(1500 * taken["once"].median, rel=0.1)
+    assert taken["often"].host < 0.05  # not with the time that the queue was held up
+
+
+@pytest.mark.gpu
 def test_memory_is_the_most_that_a_call_holds():
     device = torch.device("cuda")
     x = torch.randn(2**24, device=device)
