@@ -1,7 +1,16 @@
-"""Newton-Schulz of many matrices: where each lies in the workspace, and the order in which its tiles are worked on.
+"""Newton-Schulz of many matrices: which products each takes, where they lie, and the order of their tiles.
 
-Decided on the host, from shapes alone. What the stages are, and why the order is safe, stands in
+Decided on the host, from shapes and coefficients. What the tiles are, and why the order is safe, stands in
 `kernels.newton_schulz_tiles`, whose kernels read these tables.
+
+Iterations are taken in segments. Within one, X waits: with R = X X^T, of n iterations the i-th is a polynomial
+P_i = c R^2 + b R + a of the R of its time, all of which commute, so that
+
+    R <- P_i R P_i      X <- P_n ... P_1 X
+
+A segment of one iteration is the usual form. In longer ones products with the long side of X become products of
+square matrices with the short one, of which half is computed: they save arithmetic where X is long, and cost accuracy,
+how much depending on the coefficients.
 
 Shapes: M, N a matrix as given; everything else in tiles of TILE x TILE.
 """
@@ -9,6 +18,7 @@ Shapes: M, N a matrix as given; everything else in tiles of TILE x TILE.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -17,28 +27,188 @@ import torch
 from torch import Tensor
 
 from kernels.launch import cdiv
+from kernels.reference import NAMED_COEFFICIENTS, Triple
 
 TILE = 128
-STAGES = 3  # of an iteration
 CHUNK = 8192  # elements whose squares one program adds up
 START_ROWS = 32  # of a tile that one program writes the start of
 ALIGNMENT = 8  # elements: every result starts at a multiple of 16 bytes
 KEPT = 64  # plans kept for the next call on matrices of the same shapes
+# Buffers of a matrix: X, X after an update; squares: R, P R, and three that P and the product of all P take in turn.
+X, R, PR, P = (0, 1), 2, 3, (4, 5, 6)
 
 
 def multiplications(rows: int, columns: int) -> int:
-    """Of one iteration, each product in full: 2 m^2 n + m^3 for the short side m and the long side n."""
+    """Of one iteration as it is defined, each product in full: 2 m^2 n + m^3 for short side m and long side n."""
     short, long = sorted((rows, columns))
     return short * short * (2 * long + short)
 
 
+class Stage(NamedTuple):
+    """target = alpha * left @ right + beta * R + gamma, of buffers by number. Squares and X X^T are symmetric."""
+
+    left: int
+    right: int
+    target: int
+    alpha: float = 1.0
+    beta: float = 0.0
+    gamma: float = 0.0
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether one triangle of its tiles is computed."""
+        return self.target not in X
+
+
+def stages_of(coefficients: Sequence[Triple], segments: Sequence[int]) -> list[Stage]:
+    """All products of a matrix, one after another.
+
+    The polynomial of a segment's last iteration is computed from R + b / 2c, of which c (R + b / 2c)^2 + a - b^2 / 4c
+    is the same polynomial without a sum of matrices; not where the square cannot be completed (c is 0) or would cancel
+    (the parabola falls below 0, or opens downwards).
+    """
+    stages = []
+    triples = iter(coefficients)
+    for number, length in enumerate(segments):
+        x = X[number % 2]
+        polynomial = product = None
+        for step, (a, b, c) in enumerate(itertools.islice(triples, length)):
+            last = step == length - 1
+            least = a - b * b / (4 * c) if c > 0 else -1.0
+            completed = last and least >= 0
+            shift = b / (2 * c) if completed else 0.0
+            left, right = (x, x) if polynomial is None else (polynomial, PR)
+            stages.append(Stage(left, right, R, gamma=shift))
+            polynomial = next(each for each in P if each != product)
+            stages.append(Stage(R, R, polynomial, c, *((0.0, least) if completed else (b, a))))
+            if product is None:
+                product = polynomial
+            else:
+                before, product = product, next(each for each in P if each not in (product, polynomial))
+                stages.append(Stage(polynomial, before, product))
+            if not last:
+                stages.append(Stage(polynomial, R, PR))
+        stages.append(Stage(product, x, X[1 - number % 2]))
+    return stages
+
+
+class Place(NamedTuple):
+    """A matrix in the workspace: its size in tiles, whether it has more rows than columns (of elements), first tile."""
+
+    rows: int
+    columns: int
+    tall: bool
+    first: int
+
+    @property
+    def side(self) -> int:
+        """The short one."""
+        return min(self.rows, self.columns)
+
+    def buffer(self, number: int) -> int:
+        """Its first tile."""
+        return self.first + min(number, R) * self.rows * self.columns + max(number - R, 0) * self.side**2
+
+    def count(self, stage: Stage) -> int:
+        """Items of a stage."""
+        return self.side * (self.side + 1) // 2 if stage.is_symmetric else self.rows * self.columns
+
+    def depth(self, stage: Stage) -> int:
+        """Tiles along the inner dimension of a stage's product."""
+        return max(self.rows, self.columns) if stage.left in X else self.side
+
+
+def place_of(M: int, N: int, first: int) -> Place:
+    return Place(cdiv(M, TILE), cdiv(N, TILE), M > N, first)
+
+
+def tiles_of(place: Place, stages: Sequence[Stage]) -> int:
+    """That the buffers take which the stages use."""
+    return place.buffer(max(stage.target for stage in stages) + 1) - place.first if stages else 0
+
+
+def cost_of(place: Place, stages: Sequence[Stage]) -> int:
+    """Products of two tiles."""
+    return sum(place.count(stage) * place.depth(stage) for stage in stages)
+
+
+def segments_of(place: Place, coefficients: tuple[Triple, ...]) -> tuple[int, ...]:
+    """The lengths of the segments in which the matrix takes its iterations.
+
+    Long ones where they save arithmetic, and only where their error was found to be that of the usual form: four
+    iterations or more with the quintic, three at first, then two at a time. With Polar Express it is up to three times
+    as large, and so it is with the quintic where three come late.
+    """
+    usual = (1,) * len(coefficients)
+    if len(coefficients) < 4 or set(coefficients) != {NAMED_COEFFICIENTS["quintic"][0]}:
+        return usual
+    long: list[int] = []
+    while sum(long) < len(coefficients):
+        long.append(min(2 if long else 3, len(coefficients) - sum(long)))
+    return min((usual, tuple(long)), key=lambda each: cost_of(place, stages_of(coefficients, each)))
+
+
+def work_order(places: Sequence[Place], stages: Sequence[Sequence[Stage]]) -> list[tuple[int, ...]]:
+    """Every item in the order in which items are handed out: stage by stage, the most expensive matrices first.
+
+    Returns:
+        For each what `newton_schulz_kernel` reads; its factors by their number in `factors_of`.
+    """
+    by_cost = sorted(range(len(places)), key=lambda matrix: -cost_of(places[matrix], stages[matrix]))
+    counters = list(itertools.accumulate(map(len, stages), initial=1))
+    numbers = {factors: number for number, factors in enumerate(factors_of(stages))}
+    items = []
+    for index in range(max(map(len, stages))):
+        for matrix in by_cost:
+            place, own = places[matrix], stages[matrix]
+            if index >= len(own):
+                continue
+            counter = counters[matrix] + index
+            waits = (counter - 1, place.count(own[index - 1])) if index else (-1, 0)
+            for product, written, row, column in _tiles(place, own[index], last=index == len(own) - 1):
+                factors = numbers[own[index][3:]]
+                items.append((*product, *written, factors, matrix, row * TILE, column * TILE, *waits, counter))
+    return items
+
+
+def factors_of(stages: Sequence[Sequence[Stage]]) -> list[tuple[float, float, float]]:
+    """Alpha, beta and gamma, each combination that there is."""
+    return list(dict.fromkeys(stage[3:] for each in stages for stage in each))
+
+
+def _tiles(place: Place, stage: Stage, *, last: bool) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int, int]]:
+    """Of each tile of a stage: its product, the tiles added, written and written transposed, its row and column."""
+    left, right, target = map(place.buffer, stage[:3])
+    depth = place.depth(stage)
+    if not stage.is_symmetric:
+        for row, column in itertools.product(range(place.rows), range(place.columns)):
+            at = target + row * place.columns + column
+            if place.tall:
+                product = (1, right + row * depth, 1, left + column * depth, 1, depth)
+            else:
+                product = (0, left + row * depth, 1, right + column, place.columns, depth)
+            yield product, (at, -1 if last else at, -1), row, column
+        return
+    side = place.side
+    for row, column in itertools.combinations_with_replacement(range(side), 2):
+        if stage.left in X and place.tall:
+            product = (2, left + row, side, right + column, side, depth)
+        else:
+            product = (1, left + row * depth, 1, right + column * depth, 1, depth)
+        at, mirror = row * side + column, column * side + row
+        yield product, (place.buffer(R) + at, target + at, target + mirror if row != column else -1), row, column
+
+
 class Plan(NamedTuple):
-    """What depends on shapes alone: where everything lies, and in which order it is worked on."""
+    """What depends on shapes and coefficients alone: where everything lies, and in which order it is worked on."""
 
     rows: list[list[int]]  # of `p_matrices`
     chunks: Tensor  # for `square_sums_kernel`
     parts: Tensor  # for `start_kernel`
     items: Tensor  # for `newton_schulz_kernel`
+    factors: Tensor  # for the same
+    adds: bool  # whether any beta is not 0
+    counters: int  # that it counts with
     starts: list[int]  # where the results of each batch begin
     columns: int  # a divisor of every N
     alignment: int  # a divisor of where every result begins
@@ -46,75 +216,15 @@ class Plan(NamedTuple):
     results: int  # elements
 
 
-class Place(NamedTuple):
-    """A matrix in the workspace: its size in tiles, whether it has more rows than columns (of elements), and the first
-    tiles of X, of X after an update, of A and of B."""
-
-    rows: int
-    columns: int
-    tall: bool
-    x: tuple[int, int]
-    gram: int
-    polynomial: int
-
-
-def place_of(M: int, N: int, first: int) -> Place:
-    rows, columns = cdiv(M, TILE), cdiv(N, TILE)
-    size, square = rows * columns, min(rows, columns) ** 2
-    return Place(rows, columns, M > N, (first, first + size), first + 2 * size, first + 2 * size + square)
-
-
-def tiles_of(place: Place) -> int:
-    return 2 * (place.rows * place.columns + min(place.rows, place.columns) ** 2)
-
-
-def work_order(places: Sequence[Place], iterations: int) -> list[tuple[int, ...]]:
-    """Every item in the order in which items are handed out: stage by stage, the most expensive matrices first."""
-
-    by_cost = sorted(range(len(places)), key=lambda matrix: -multiplications(*places[matrix][:2]))
-    stages = STAGES * iterations
-    return [item for stage in range(stages) for matrix in by_cost for item in _items(places, matrix, stage, stages)]
-
-
-def _items(places: Sequence[Place], matrix: int, stage: int, stages: int) -> Iterator[tuple[int, ...]]:
-    """The items of one stage of one matrix, as `newton_schulz_kernel` reads them."""
-    rows, columns, tall, xs, gram, polynomial = places[matrix]
-    side = min(rows, columns)
-    x, x_next = xs[stage // STAGES % 2], xs[(stage // STAGES + 1) % 2]
-    kind = stage % STAGES
-    counter = 1 + matrix * stages + stage
-    count = rows * columns if kind == 0 else side * (side + 1) // 2
-    waits = (counter - 1, count) if stage else (-1, 0)
-    for row in range(rows if kind == 2 else side):
-        for column in range(columns) if kind == 2 else range(row, side):
-            if kind == 2:
-                at = row * columns + column
-                if tall:
-                    product = (1, x + row * side, 1, polynomial + column * side, 1, side)
-                else:
-                    product = (0, polynomial + row * side, 1, x + column, columns, side)
-                written = (x + at, x_next + at, -1)
-            else:
-                source = gram if kind else x
-                if kind == 0 and tall:
-                    product = (2, x + row, columns, x + column, columns, rows)
-                else:
-                    long = side if kind else columns
-                    product = (1, source + row * long, 1, source + column * long, 1, long)
-                target, mirror = row * side + column, column * side + row
-                base = polynomial if kind else gram
-                written = (gram + target, base + target, base + mirror if row != column else -1)
-            yield (*product, *written, stage, matrix, row * TILE, column * TILE, *waits, counter)
-
-
 @functools.lru_cache(KEPT)
-def plan_of(shapes: tuple[tuple[int, int, int], ...], iterations: int, device: torch.device) -> Plan:
-    """For batches of so many matrices [M, N]."""
-    rows, chunks, parts, places, starts = [], [], [], [], []
+def plan_of(shapes: tuple[tuple[int, int, int], ...], coefficients: tuple[Triple, ...], device: torch.device) -> Plan:
+    """For batches of so many matrices [M, N], and a triple for each iteration."""
+    rows, chunks, parts, places, stages, starts = [], [], [], [], [], []
     workspace = results = 0
     for batch, M, N in shapes:
         results = cdiv(results, ALIGNMENT) * ALIGNMENT
         starts.append(results)
+        own = stages_of(coefficients, segments_of(place_of(M, N, 0), coefficients))
         for _ in range(batch):
             matrix = len(rows)
             place = place_of(M, N, workspace)
@@ -122,15 +232,20 @@ def plan_of(shapes: tuple[tuple[int, int, int], ...], iterations: int, device: t
             rows.append([0, M, N, len(chunks), count, results, 0])
             chunks += [(matrix, number) for number in range(count)]
             for row in range(0, place.rows * TILE, START_ROWS):
-                first = place.x[0] + row // TILE * place.columns
+                first = place.buffer(X[0]) + row // TILE * place.columns
                 parts += [(matrix, row, column * TILE, first + column) for column in range(place.columns)]
             places.append(place)
-            workspace += tiles_of(place)
+            stages.append(own)
+            workspace += tiles_of(place, own)
             results += M * N
-    tables = (chunks, parts, work_order(places, iterations))
+    tables = (chunks, parts, work_order(places, stages))
+    factors = factors_of(stages)
     return Plan(
         rows,
         *(torch.tensor(table, dtype=torch.int32).to(device) for table in tables),
+        factors=torch.tensor(factors, dtype=torch.float32).to(device),
+        adds=any(beta for _, beta, _ in factors),
+        counters=1 + sum(map(len, stages)),
         starts=starts,
         columns=math.gcd(*[N for _, _, N in shapes]),
         alignment=math.gcd(ALIGNMENT, *[row[5] for row in rows]),

@@ -1,18 +1,20 @@
 """Newton-Schulz of many matrices in one launch: the tiles of every product of every matrix, in one order.
 
 A matrix X is kept as it is given, padded with zeros to whole tiles of TILE x TILE, each of which lies in memory as one
-piece. An iteration has three stages; for a tall matrix the products have X on their other side:
+piece. Its stages are products of such matrices (`kernels.newton_schulz_plan`), in the usual form of an iteration
 
-    0   A = X X^T           only tiles on and above the diagonal are computed, the others are their mirrors
-    1   B = b A + c A A     the same
-    2   X = a X + B X
+    R = X X^T + b / 2c              only tiles on and above the diagonal are computed, the others are their mirrors
+    P = c R R + a - b^2 / 4c        the same
+    X = P X
+
+where a number stands for so many times the identity; for a tall matrix the products have X on their other side.
 
 A work item is one tile of one stage of one matrix. Programs take items in turn from a list in which every item comes
 after those it needs, and wait until a counter says that the matrix's stage before is done. While one matrix waits,
 others are worked on, so that no stage's last tiles leave the device idle. Items are handed out in the list's order:
 the first one that is not done is always being worked on, and waits for nothing. So the waiting ends.
 
-Shapes: M, N a matrix as given; R, C its tiles; S = min(R, C); Z matrices; I items; J stages, three an iteration.
+Shapes: M, N a matrix as given; Z matrices; I items; J kinds of stages.
 `p_matrices` is int64 [Z, 7]: address, M, N, the first of its chunks and how many, where its result begins, and the
 address of its momentum where there is one: then the matrix at the first address is a gradient, and what is worked on
 is the momentum after it, or one step ahead of that.
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from kernels.addresses import KeptTables, typed_pointer
 from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
-from kernels.newton_schulz_plan import ALIGNMENT, CHUNK, KEPT, STAGES, START_ROWS, TILE, Plan, plan_of
+from kernels.newton_schulz_plan import ALIGNMENT, CHUNK, START_ROWS, TILE, Plan, plan_of
 from kernels.reference import Triple
 from kernels.tuning import next_power_of_2
 
@@ -129,14 +131,13 @@ def start_kernel(
 
 
 @triton.jit
-def product_of(
-    p_left, p_right, left_step, right_step, K,
+def add_product(
+    product, p_left, p_right, left_step, right_step, K,
     LEFT_TRANSPOSED: tl.constexpr, RIGHT_TRANSPOSED: tl.constexpr, b_T: tl.constexpr, b_K: tl.constexpr,
 ):  # fmt: skip
-    """Left tiles times right tiles, K of each, transposed where it says so; `left_step`, `right_step` tiles apart."""
+    """Plus left tiles times right tiles, K of each, transposed where it says so; their steps are in tiles."""
     columns = tl.arange(0, b_T)[:, None] * b_T + tl.arange(0, b_K)[None, :]  # b_K columns of a tile
     rows = tl.arange(0, b_K)[:, None] * b_T + tl.arange(0, b_T)[None, :]  # b_K rows of a tile
-    product = tl.zeros((b_T, b_T), tl.float32)
     for k in tl.range(0, K * b_T, b_K):
         tile = k // b_T
         within = tl.multiple_of(k % b_T, b_K)
@@ -162,21 +163,22 @@ def wait_for(p_counter, count):
         done = tl.atomic_add(p_counter, 0, sem="acquire")
 
 
-@triton.jit(do_not_specialize=["ITEMS", "LAST"])
+@triton.jit(do_not_specialize=["ITEMS"])
 def newton_schulz_kernel(
-    p_work, p_out, p_items, p_matrices, p_factors, p_done, ITEMS, LAST,
-    VECTOR: tl.constexpr, ALIGNED: tl.constexpr, b_T: tl.constexpr, b_K: tl.constexpr,
+    p_work, p_out, p_items, p_matrices, p_factors, p_done, ITEMS,
+    ADDS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr, b_T: tl.constexpr, b_K: tl.constexpr,
 ):  # fmt: skip
-    """target = alpha * (the product of left and right tiles) + beta * added, for every item.
+    """target = alpha * (the product of left and right tiles) + beta * added + gamma * identity, for every item.
 
     `p_items` is int32 [I, 16]: which side of the product is transposed (0 none, 1 the right, 2 the left); first
-    tile and step of left and of right; how many; the tiles added, written, and written transposed (-1: none); stage;
-    matrix; row and column of the tile; the counter to wait for (-1: none), what it must say, and the one to raise.
-    `p_factors` is float32 [J, 2]: alpha and beta of each stage. LAST is the stage whose tiles are the results.
+    tile and step of left and of right; how many; the tiles added, written (-1: the result), and written transposed
+    (-1: none); factors; matrix; row and column of the tile; the counter to wait for (-1: none), what it must say, and
+    the one to raise. `p_factors` is float32 [J, 3]: alpha, beta and gamma; no beta is used without ADDS.
     """
     b_E: tl.constexpr = b_T * b_T
     r_T = tl.arange(0, b_T)
     square = r_T[:, None] * b_T + r_T[None, :]
+    transposed = r_T[None, :] * b_T + r_T[:, None]
     item = tl.atomic_add(p_done, 1, sem="relaxed")
     while item < ITEMS:
         p_item = p_items + 16 * item
@@ -189,34 +191,40 @@ def newton_schulz_kernel(
         added = tl.load(p_item + 6).to(tl.int64) * b_E
         target = tl.load(p_item + 7).to(tl.int64) * b_E
         mirror = tl.load(p_item + 8).to(tl.int64) * b_E
-        stage = tl.load(p_item + 9)
+        p_factor = p_factors + 3 * tl.load(p_item + 9)
+        row = tl.load(p_item + 11)
+        column = tl.load(p_item + 12)
         waits_for = tl.load(p_item + 13)
         count = tl.load(p_item + 14)
         raises = tl.load(p_item + 15)
-        alpha = tl.load(p_factors + 2 * stage)
-        beta = tl.load(p_factors + 2 * stage + 1)
+        alpha = tl.load(p_factor)
+        gamma = tl.load(p_factor + 2)
         if waits_for >= 0:
             wait_for(p_done + waits_for, count)
 
+        # One after another, not one or the other: products of branches that meet would be waited for step by step.
+        product = tl.zeros((b_T, b_T), tl.float32)
         if form == 0:
-            product = product_of(p_left, p_right, left_step, right_step, K, False, False, b_T, b_K)
-        elif form == 1:
-            product = product_of(p_left, p_right, left_step, right_step, K, False, True, b_T, b_K)
-        else:
-            product = product_of(p_left, p_right, left_step, right_step, K, True, False, b_T, b_K)
+            product = add_product(product, p_left, p_right, left_step, right_step, K, False, False, b_T, b_K)
+        if form == 1:
+            product = add_product(product, p_left, p_right, left_step, right_step, K, False, True, b_T, b_K)
+        if form == 2:
+            product = add_product(product, p_left, p_right, left_step, right_step, K, True, False, b_T, b_K)
 
         product *= alpha
-        if beta != 0:
-            # from L2: another program wrote it
-            product += beta * tl.load(p_work + added + square, cache_modifier=".cg").to(tl.float32)
-        if stage != LAST:
+        if ADDS:
+            beta = tl.load(p_factor + 1)
+            if beta != 0:
+                # from L2: another program wrote it
+                product += beta * tl.load(p_work + added + square, cache_modifier=".cg").to(tl.float32)
+        if (row == column) & (gamma != 0):
+            product += tl.where(r_T[:, None] == r_T[None, :], gamma, 0)
+        if target >= 0:
             tl.store(p_work + target + square, product.to(p_work.dtype.element_ty))
             if mirror >= 0:
-                tl.store(p_work + mirror + square, tl.trans(product.to(p_work.dtype.element_ty)))
+                tl.store(p_work + mirror + transposed, product.to(p_work.dtype.element_ty))
         else:
             p_matrix = p_matrices + tl.load(p_item + 10) * 7
-            row = tl.load(p_item + 11)
-            column = tl.load(p_item + 12)
             M = tl.load(p_matrix + 1).to(tl.int32)
             N = tl.load(p_matrix + 2).to(tl.int32) // VECTOR * VECTOR
             p_result = p_out + tl.multiple_of(tl.load(p_matrix + 5), ALIGNED) + row.to(tl.int64) * N
@@ -226,13 +234,6 @@ def newton_schulz_kernel(
         tl.debug_barrier()  # all of the tile is written before it is counted
         tl.atomic_add(p_done + raises, 1, sem="release")
         item = tl.atomic_add(p_done, 1, sem="relaxed")
-
-
-@functools.lru_cache(KEPT)
-def _factors(coefficients: tuple[Triple, ...], device: torch.device) -> Tensor:
-    """Alpha and beta of every stage."""
-    factors = [pair for a, b, c in coefficients for pair in ((1.0, 0.0), (c, b), (1.0, a))]
-    return torch.tensor(factors, dtype=torch.float32).to(device)
 
 
 _tables = KeptTables()
@@ -284,9 +285,8 @@ def orthogonalize(
     gradient + factor * buffer with `nesterov`, else the buffer. The results share one allocation.
     """
     device = batches[0].device
-    stages = STAGES * len(coefficients)
     shapes = tuple([(1, *x.shape) if x.dim() == 2 else tuple(x.shape) for x in batches])
-    plan = plan_of(shapes, len(coefficients), device)
+    plan = plan_of(shapes, coefficients, device)
     buffers, factor, nesterov = momentum or Momentum((), 0.0, False)
     table, vector = _table(plan, batches, buffers)
     # the interpreter can neither multiply bfloat16 nor round to it
@@ -295,8 +295,7 @@ def orthogonalize(
     out = torch.empty(plan.results, dtype=torch.bfloat16, device=device)
     chunks, parts, items = len(plan.chunks), len(plan.parts), len(plan.items)
     sums = torch.empty(chunks, dtype=torch.float64, device=device)
-    counters = 1 + stages * len(plan.rows)
-    done = torch.empty(counters, dtype=torch.int32, device=device)
+    done = torch.empty(plan.counters, dtype=torch.int32, device=device)
 
     tensor, number = tensor_and_number(factor)
     given = (batches[0], buffers[0] if buffers else None, tensor)
@@ -304,8 +303,8 @@ def orthogonalize(
         square_sums_kernel,
         (chunks,),
         (*given, plan.chunks, table, sums, done),
-        (counters, number),
-        (nesterov, CHUNK, next_power_of_2(cdiv(counters, chunks))),
+        (plan.counters, number),
+        (nesterov, CHUNK, next_power_of_2(cdiv(plan.counters, chunks))),
     )
     launch(
         start_kernel,
@@ -317,9 +316,9 @@ def orthogonalize(
     launch(
         newton_schulz_kernel,
         (min(_programs(device), items),),
-        (work, out, plan.items, table, _factors(coefficients, device), done),
-        (items, stages - 1),
-        (math.gcd(ALIGNMENT, plan.columns), plan.alignment, TILE, DEPTH),
+        (work, out, plan.items, table, plan.factors, done),
+        (items,),
+        (plan.adds, math.gcd(ALIGNMENT, plan.columns), plan.alignment, TILE, DEPTH),
     )
     storage = out.untyped_storage()
     starts = zip(batches, plan.starts, strict=True)

@@ -8,7 +8,11 @@ import torch
 import kernels
 from kernels import newton_schulz_plan as plan
 from kernels.muon_update import momentum_newton_schulz_
+from kernels.reference import NAMED_COEFFICIENTS
 
+QUINTIC = NAMED_COEFFICIENTS["quintic"][0]
+# the square completed; not, because it would cancel, because it opens downwards, because there is none
+TRIPLES = ((2.0, -1.5, 0.5), (1.0, -3.0, 2.0), (3.0, 1.0, -2.0), (1.5, -0.5, 0.0))
 SHAPES = [(128, 128), (256, 128), (128, 384), (512, 256), (1, 700), (300, 1), (250, 200)]
 FORMS = (
     lambda left, right: left @ right,
@@ -17,12 +21,15 @@ FORMS = (
 )
 
 
-def places_of(shapes):
-    places, first = [], 0
+def planned(shapes, coefficients, segments=None):
+    """Places, stages, and how many tiles they take; in segments of these lengths, or in those that would be taken."""
+    places, stages, first = [], [], 0
     for shape in shapes:
         places.append(plan.place_of(*shape, first))
-        first += plan.tiles_of(places[-1])
-    return places, first
+        own = plan.stages_of(coefficients, segments or plan.segments_of(places[-1], coefficients))
+        stages.append(own)
+        first += plan.tiles_of(places[-1], own)
+    return places, stages, first
 
 
 def reads_of(item):
@@ -36,9 +43,15 @@ def writes_of(item):
     return {tile for tile in item[7:9] if tile >= 0}
 
 
+@pytest.fixture(scope="module", params=[(QUINTIC,) * 5, TRIPLES], ids=["long segments", "short segments"])
+def planned_shapes(request):
+    return planned(SHAPES, request.param)
+
+
 @pytest.fixture(scope="module")
-def order():
-    return plan.work_order(places_of(SHAPES)[0], 3)
+def order(planned_shapes):
+    places, stages, _ = planned_shapes
+    return plan.work_order(places, stages)
 
 
 def test_items_wait_for_what_comes_before_them(order):
@@ -51,19 +64,23 @@ def test_items_wait_for_what_comes_before_them(order):
     assert 0 not in done  # the counter that hands items out
 
 
-def test_a_stage_reads_what_the_stages_before_have_written(order):
-    places, _ = places_of(SHAPES)
-    written = {tile for place in places for tile in range(place.x[0], place.x[1])}
-    by_stage = {}
+def test_a_stage_reads_what_the_stages_before_have_written(planned_shapes, order):
+    places, stages, _ = planned_shapes
+    factors = plan.factors_of(stages)
+    written = {place.buffer(0) + tile for place in places for tile in range(place.rows * place.columns)}
+    by_counter = {}
     for item in order:
-        by_stage.setdefault((item[9], item[10]), []).append(item)
-    for (stage, _), items in sorted(by_stage.items()):
+        by_counter.setdefault(item[15], []).append(item)
+    assert sorted(by_counter) == list(range(1, 1 + sum(map(len, stages))))
+    for _, items in sorted(by_counter.items()):
+        assert len({(item[9], item[10]) for item in items}) == 1
         products = set().union(*(reads_of(item)[0] for item in items))
         written_now = Counter(tile for item in items for tile in writes_of(item))
         assert products <= written
-        if stage % plan.STAGES:  # the first stage adds nothing
+        if factors[items[0][9]][1]:
             assert {reads_of(item)[1] for item in items} <= written
-        assert set(written_now.values()) == {1}
+        if written_now:  # the last stage writes results
+            assert set(written_now.values()) == {1}
         # items of one stage run at the same time: none may write what another reads
         for item in items:
             others = [other for other in items if other is not item]
@@ -72,40 +89,61 @@ def test_a_stage_reads_what_the_stages_before_have_written(order):
         written |= set(written_now)
 
 
-def test_no_matrix_touches_anothers_tiles(order):
-    places, total = places_of(SHAPES)
+def test_no_matrix_touches_anothers_tiles(planned_shapes, order):
+    places, stages, total = planned_shapes
     for item in order:
         place = places[item[10]]
-        own = range(place.x[0], place.x[0] + plan.tiles_of(place))
+        own = range(place.first, place.first + plan.tiles_of(place, stages[item[10]]))
         products, added = reads_of(item)
         assert {*products, added, *writes_of(item)} <= set(own)
-    assert sum(map(plan.tiles_of, places)) == total
+    assert sum(map(plan.tiles_of, places, stages)) == total
 
 
-def test_items_are_the_iteration():
+def test_long_segments_where_they_save():
+    five = (QUINTIC,) * 5
+    lengths = {
+        shape: plan.segments_of(plan.place_of(*shape, 0), five) for shape in [(512, 512), (512, 1536), (512, 256)]
+    }
+    assert lengths == {(512, 512): (1,) * 5, (512, 1536): (3, 2), (512, 256): (3, 2)}
+    wide = plan.place_of(512, 1536, 0)
+    assert plan.segments_of(wide, (QUINTIC,) * 8) == (3, 2, 2, 1)
+    for usual in ((QUINTIC,) * 3, TRIPLES * 2, (*five, TRIPLES[0])):
+        assert plan.segments_of(wide, usual) == (1,) * len(usual)
+    saved = plan.cost_of(wide, plan.stages_of(five, (3, 2))) / plan.cost_of(wide, plan.stages_of(five, (1,) * 5))
+    assert saved == pytest.approx(1184 / 1760)
+
+
+@pytest.mark.parametrize("segments", [(1, 1, 1, 1), (3, 1), (2, 2), (4,)])
+@pytest.mark.parametrize("shape", [(256, 384), (384, 256), (256, 256), (384, 128)])
+def test_items_are_the_iteration(shape, segments):
     """The list, worked off on whole tiles, gives what the definition gives."""
-    shape, coefficients = (256, 384), [(2.0, -1.5, 0.5), (3.0, 1.0, -2.0)]
-    places, total = places_of([shape])
+    (place,), (stages,), total = planned([shape], TRIPLES, segments)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) / 100
-    for matrix, place in ((x, places[0]), (x.mT, places_of([shape[::-1]])[0][0])):
-        work = torch.full((total, 128, 128), float("nan"), dtype=torch.float64)
-        rows, columns = place.rows, place.columns
-        work[: rows * columns] = matrix.reshape(rows, 128, columns, 128).transpose(1, 2).reshape(-1, 128, 128)
-        factors = [pair for a, b, c in coefficients for pair in ((1.0, 0.0), (c, b), (1.0, a))]
-        for item in plan.work_order([place], len(coefficients)):
-            form, left, left_step, right, right_step, count, added, target, mirror, stage = item[:10]
-            product = sum(FORMS[form](work[left + k * left_step], work[right + k * right_step]) for k in range(count))
-            alpha, beta = factors[stage]
-            work[target] = alpha * product + (beta * work[added] if beta else 0)
-            if mirror >= 0:
-                work[mirror] = work[target].mT
-        result = work[place.x[0] : place.x[1]].reshape(rows, columns, 128, 128).transpose(1, 2).reshape(matrix.shape)
-        expected = x
-        for a, b, c in coefficients:
-            gram = expected @ expected.mT
-            expected = a * expected + (b * gram + c * gram @ gram) @ expected
-        torch.testing.assert_close(result if matrix is x else result.mT, expected, rtol=0, atol=1e-9)
+    rows, columns = place.rows, place.columns
+    work = torch.full((total, 128, 128), float("nan"), dtype=torch.float64)
+    work[: rows * columns] = x.reshape(rows, 128, columns, 128).transpose(1, 2).reshape(-1, 128, 128)
+    result = torch.full(shape, float("nan"), dtype=torch.float64)
+    factors = plan.factors_of([stages])
+    for item in plan.work_order([place], [stages]):
+        form, left, left_step, right, right_step, count, added, target, mirror, number, _, row, column = item[:13]
+        product = sum(FORMS[form](work[left + k * left_step], work[right + k * right_step]) for k in range(count))
+        alpha, beta, gamma = factors[number]
+        product = alpha * product + (beta * work[added] if beta else 0)
+        if row == column and gamma:
+            product += gamma * torch.eye(128)
+        if target < 0:
+            result[row : row + 128, column : column + 128] = product
+        else:
+            work[target] = product
+        if mirror >= 0:
+            work[mirror] = product.mT
+    expected = x if shape[0] <= shape[1] else x.mT
+    for a, b, c in TRIPLES:
+        gram = expected @ expected.mT
+        expected = a * expected + (b * gram + c * gram @ gram) @ expected
+    expected = expected if shape[0] <= shape[1] else expected.mT
+    assert (result - expected).norm() < 1e-12 * expected.norm()
 
 
 @pytest.mark.usefixtures("triton_kernels")
