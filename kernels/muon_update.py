@@ -53,15 +53,17 @@ def momentum_newton_schulz_(
     *,
     momentum: float | Tensor,
     nesterov: bool,
+    clip: Tensor | None = None,
     steps: int = 5,
     coefficients: str | Triple | Sequence[Triple] | None = None,
 ) -> list[Tensor]:
-    """buffer = momentum * buffer + gradient, in place; then `newton_schulz` of what lies ahead of it.
+    """buffer = momentum * buffer + clip * gradient, in place; then `newton_schulz` of what lies ahead of it.
 
     Args:
         buffers, gradients: [M, N] each, a buffer like its gradient.
         momentum: a number, or a tensor `[]` where the buffers are.
-        nesterov: whether gradient + momentum * buffer is orthogonalized, or the buffer.
+        nesterov: whether clip * gradient + momentum * buffer is orthogonalized, or the buffer.
+        clip: float32 `[]` where the buffers are; None for 1.
         steps, coefficients: as for `newton_schulz`.
 
     Returns:
@@ -72,7 +74,8 @@ def momentum_newton_schulz_(
     run = reference.momentum_newton_schulz_
     if not is_traced((momentum, buffers, gradients)) and _runs(momentum, buffers, gradients):
         run = dispatch.implementation("momentum_newton_schulz_", gradients[0])
-    return run(buffers, gradients, momentum=momentum, nesterov=nesterov, steps=steps, coefficients=coefficients)
+    options = {"momentum": momentum, "nesterov": nesterov, "clip": clip}
+    return run(buffers, gradients, **options, steps=steps, coefficients=coefficients)
 
 
 def muon_update_(
@@ -119,12 +122,13 @@ def _momentum_newton_schulz_(
     *,
     momentum: float | Tensor,
     nesterov: bool,
+    clip: Tensor | None,
     steps: int,
     coefficients: str | Triple | Sequence[Triple] | None,
 ) -> list[Tensor]:
     triples = coefficients_per_step(coefficients, steps)
     with torch.no_grad():
-        results = orthogonalize(gradients, triples, Momentum(buffers, momentum, nesterov))
+        results = orthogonalize(gradients, triples, Momentum(buffers, momentum, nesterov, clip))
     torch.autograd.graph.increment_version(list(buffers))
     return results
 

@@ -30,8 +30,7 @@ from kernels.launch import cdiv
 from kernels.reference import NAMED_COEFFICIENTS, Triple
 
 TILE = 128
-CHUNK = 8192  # elements whose squares one program adds up
-START_ROWS = 32  # of a tile that one program writes the start of
+START_ROWS = 32  # of a tile that one program copies
 ALIGNMENT = 8  # elements: every result starts at a multiple of 16 bytes
 KEPT = 64  # plans kept for the next call on matrices of the same shapes
 # Buffers of a matrix: X, X after an update; squares: R, P R, and three that P and the product of all P take in turn.
@@ -45,7 +44,10 @@ def multiplications(rows: int, columns: int) -> int:
 
 
 class Stage(NamedTuple):
-    """target = alpha * left @ right + beta * R + gamma, of buffers by number. Squares and X X^T are symmetric."""
+    """target = alpha * left @ right + beta * R + gamma, of buffers by number. Squares and X X^T are symmetric.
+
+    At first X is what was given, which still has to be multiplied by its scale: alpha is, `power` times.
+    """
 
     left: int
     right: int
@@ -53,6 +55,7 @@ class Stage(NamedTuple):
     alpha: float = 1.0
     beta: float = 0.0
     gamma: float = 0.0
+    power: int = 0
 
     @property
     def is_symmetric(self) -> bool:
@@ -78,7 +81,8 @@ def stages_of(coefficients: Sequence[Triple], segments: Sequence[int]) -> list[S
             completed = last and least >= 0
             shift = b / (2 * c) if completed else 0.0
             left, right = (x, x) if polynomial is None else (polynomial, PR)
-            stages.append(Stage(left, right, R, gamma=shift))
+            power = 2 if not stages else 0
+            stages.append(Stage(left, right, R, gamma=shift, power=power))
             polynomial = next(each for each in P if each != product)
             stages.append(Stage(R, R, polynomial, c, *((0.0, least) if completed else (b, a))))
             if product is None:
@@ -88,7 +92,7 @@ def stages_of(coefficients: Sequence[Triple], segments: Sequence[int]) -> list[S
                 stages.append(Stage(polynomial, before, product))
             if not last:
                 stages.append(Stage(polynomial, R, PR))
-        stages.append(Stage(product, x, X[1 - number % 2]))
+        stages.append(Stage(product, x, X[1 - number % 2], power=0 if number else 1))
     return stages
 
 
@@ -171,8 +175,8 @@ def work_order(places: Sequence[Place], stages: Sequence[Sequence[Stage]]) -> li
     return items
 
 
-def factors_of(stages: Sequence[Sequence[Stage]]) -> list[tuple[float, float, float]]:
-    """Alpha, beta and gamma, each combination that there is."""
+def factors_of(stages: Sequence[Sequence[Stage]]) -> list[tuple[float, float, float, int]]:
+    """Alpha, beta, gamma and power, each combination that there is."""
     return list(dict.fromkeys(stage[3:] for each in stages for stage in each))
 
 
@@ -203,7 +207,6 @@ class Plan(NamedTuple):
     """What depends on shapes and coefficients alone: where everything lies, and in which order it is worked on."""
 
     rows: list[list[int]]  # of `p_matrices`
-    chunks: Tensor  # for `square_sums_kernel`
     parts: Tensor  # for `start_kernel`
     items: Tensor  # for `newton_schulz_kernel`
     factors: Tensor  # for the same
@@ -219,7 +222,7 @@ class Plan(NamedTuple):
 @functools.lru_cache(KEPT)
 def plan_of(shapes: tuple[tuple[int, int, int], ...], coefficients: tuple[Triple, ...], device: torch.device) -> Plan:
     """For batches of so many matrices [M, N], and a triple for each iteration."""
-    rows, chunks, parts, places, stages, starts = [], [], [], [], [], []
+    rows, parts, places, stages, starts = [], [], [], [], []
     workspace = results = 0
     for batch, M, N in shapes:
         results = cdiv(results, ALIGNMENT) * ALIGNMENT
@@ -228,9 +231,8 @@ def plan_of(shapes: tuple[tuple[int, int, int], ...], coefficients: tuple[Triple
         for _ in range(batch):
             matrix = len(rows)
             place = place_of(M, N, workspace)
-            count = cdiv(M * N, CHUNK)
-            rows.append([0, M, N, len(chunks), count, results, 0])
-            chunks += [(matrix, number) for number in range(count)]
+            count = place.rows * place.columns * (TILE // START_ROWS)
+            rows.append([0, M, N, len(parts), count, results, 0])
             for row in range(0, place.rows * TILE, START_ROWS):
                 first = place.buffer(X[0]) + row // TILE * place.columns
                 parts += [(matrix, row, column * TILE, first + column) for column in range(place.columns)]
@@ -238,13 +240,13 @@ def plan_of(shapes: tuple[tuple[int, int, int], ...], coefficients: tuple[Triple
             stages.append(own)
             workspace += tiles_of(place, own)
             results += M * N
-    tables = (chunks, parts, work_order(places, stages))
+    tables = (parts, work_order(places, stages))
     factors = factors_of(stages)
     return Plan(
         rows,
         *(torch.tensor(table, dtype=torch.int32).to(device) for table in tables),
         factors=torch.tensor(factors, dtype=torch.float32).to(device),
-        adds=any(beta for _, beta, _ in factors),
+        adds=any(beta for _, beta, _, _ in factors),
         counters=1 + sum(map(len, stages)),
         starts=starts,
         columns=math.gcd(*[N for _, _, N in shapes]),

@@ -15,7 +15,7 @@ others are worked on, so that no stage's last tiles leave the device idle. Items
 the first one that is not done is always being worked on, and waits for nothing. So the waiting ends.
 
 Shapes: M, N a matrix as given; Z matrices; I items; J kinds of stages.
-`p_matrices` is int64 [Z, 7]: address, M, N, the first of its chunks and how many, where its result begins, and the
+`p_matrices` is int64 [Z, 7]: address, M, N, the first of its parts and how many, where its result begins, and the
 address of its momentum where there is one: then the matrix at the first address is a gradient, and what is worked on
 is the momentum after it, or one step ahead of that.
 """
@@ -32,18 +32,19 @@ from torch import Tensor
 
 from kernels.addresses import KeptTables, typed_pointer
 from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
-from kernels.newton_schulz_plan import ALIGNMENT, CHUNK, START_ROWS, TILE, Plan, plan_of
+from kernels.newton_schulz_plan import ALIGNMENT, START_ROWS, TILE, Plan, plan_of
 from kernels.reference import Triple
 from kernels.tuning import next_power_of_2
 
 DEPTH = 64  # of a step along the inner dimension of a product
+SAFE_NORMS = (2.0**-40, 2.0**50)  # of a matrix as it is given, so that products of its elements are normal float32
 
 
 @triton.jit
-def moved(p_momentum, gradient, momentum, offsets, mask):
+def moved(p_buffer, gradient, momentum, mask):
     """momentum * buffer + gradient, as the buffer holds it."""
-    buffer = tl.load(p_momentum + offsets, mask=mask, other=0).to(tl.float32)
-    return (momentum * buffer + gradient).to(p_momentum.dtype.element_ty)
+    buffer = tl.load(p_buffer, mask=mask, other=0).to(tl.float32)
+    return (momentum * buffer + gradient).to(p_buffer.dtype.element_ty)
 
 
 @triton.jit
@@ -55,79 +56,99 @@ def ahead(buffer, gradient, momentum, NESTEROV: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["COUNTERS", "MOMENTUM"])
-def square_sums_kernel(
-    p_first, p_first_buffer, p_momentum, p_chunks, p_matrices, p_sums, p_done, COUNTERS, MOMENTUM,
-    NESTEROV: tl.constexpr, b_E: tl.constexpr, b_Z: tl.constexpr,
-):  # fmt: skip
-    """sums[c] = the sum of squares of the b_E elements of chunk c, in float64, where no float32 overflows.
+@triton.jit
+def part_of(p_first, p_first_buffer, p_part, p_matrix, b_R: tl.constexpr, b_T: tl.constexpr):
+    """A part of a tile, b_R of its rows: addresses in the matrix and in its momentum, which of them exist."""
+    # No wider loads where addresses allow them: the order of sums would then depend on the others in the list.
+    M = tl.load(p_matrix + 1)
+    N = tl.load(p_matrix + 2)
+    r_M = tl.load(p_part + 1).to(tl.int64) + tl.arange(0, b_R)
+    r_N = tl.load(p_part + 2) + tl.arange(0, b_T)
+    mask = (r_M < M)[:, None] & (r_N < N)[None, :]
+    offsets = r_M[:, None] * N + r_N[None, :]
+    p_x = typed_pointer(p_first, p_matrix, 1) + offsets
+    p_buffer = p_x
+    if p_first_buffer is not None:
+        p_buffer = typed_pointer(p_first_buffer, p_matrix + 6, 1) + offsets
+    return p_x, p_buffer, mask
 
-    Of gradients with a momentum, after it has moved. Also sets the counters to 0, b_Z of them a program. `p_chunks` is
-    int32 [., 2]: matrix, number of the chunk in it.
+
+@triton.jit
+def store_part(p_work, p_part, x, b_R: tl.constexpr, b_T: tl.constexpr):
+    """Writes a part of a tile to the workspace."""
+    tile = tl.load(p_part + 3).to(tl.int64)
+    row = tl.load(p_part + 1) % b_T
+    offsets = tl.arange(0, b_R)[:, None] * b_T + tl.arange(0, b_T)[None, :]
+    tl.store(p_work + tile * (b_T * b_T) + row * b_T + offsets, x.to(p_work.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["COUNTERS", "MOMENTUM"])
+def start_kernel(
+    p_first, p_first_buffer, p_momentum, p_clip, p_parts, p_matrices, p_sums, p_work, p_done, COUNTERS, MOMENTUM,
+    NESTEROV: tl.constexpr, b_R: tl.constexpr, b_T: tl.constexpr, b_Z: tl.constexpr,
+):  # fmt: skip
+    """X = G, and sums[i] = the sum of squares of part i in float64, where no float32 overflows. A part a program.
+
+    With a momentum it moves first. Also sets the counters to 0, b_Z of them a program. `p_parts` is int32 [., 4]:
+    matrix, row and column where the part begins, the tile's number in the workspace.
     """
-    chunk = tl.program_id(0)
-    r_Z = chunk * b_Z + tl.arange(0, b_Z)
+    part = tl.program_id(0)
+    r_Z = part * b_Z + tl.arange(0, b_Z)
     tl.store(p_done + r_Z, 0, mask=r_Z < COUNTERS)
-    p_matrix = p_matrices + tl.load(p_chunks + 2 * chunk) * 7
-    # No wider loads where addresses allow them: the order of the sum would then depend on the others in the list.
-    p_x = typed_pointer(p_first, p_matrix, 1)
-    size = tl.load(p_matrix + 1) * tl.load(p_matrix + 2)
-    r_E = tl.load(p_chunks + 2 * chunk + 1).to(tl.int64) * b_E + tl.arange(0, b_E)
-    mask = r_E < size
-    x = tl.load(p_x + r_E, mask=mask, other=0)
+    p_part = p_parts + 4 * part
+    p_matrix = p_matrices + tl.load(p_part) * 7
+    p_x, p_buffer, mask = part_of(p_first, p_first_buffer, p_part, p_matrix, b_R, b_T)
+    x = tl.load(p_x, mask=mask, other=0).to(tl.float32)
+    if p_clip is not None:
+        x *= tl.load(p_clip)
     if p_first_buffer is not None:
         momentum = number_of(p_momentum, MOMENTUM)
-        p_buffer = typed_pointer(p_first_buffer, p_matrix + 6, 1)
-        buffer = moved(p_buffer, x.to(tl.float32), momentum, r_E, mask)
-        tl.store(p_buffer + r_E, buffer, mask=mask)
-        x = ahead(buffer, x.to(tl.float32), momentum, NESTEROV)
+        buffer = moved(p_buffer, x, momentum, mask)
+        tl.store(p_buffer, buffer, mask=mask)
+        x = ahead(buffer, x, momentum, NESTEROV)
+    store_part(p_work, p_part, x, b_R, b_T)
     x = x.to(tl.float64)
-    tl.store(p_sums + chunk, tl.sum(x * x, axis=0))
+    tl.store(p_sums + part, tl.sum(tl.sum(x * x, axis=1), axis=0))
 
 
 @triton.jit(do_not_specialize=["MOMENTUM"])
-def start_kernel(
-    p_first, p_first_buffer, p_momentum, p_tiles, p_matrices, p_sums, p_work, MOMENTUM,
-    NESTEROV: tl.constexpr, VECTOR: tl.constexpr, b_R: tl.constexpr, b_T: tl.constexpr, b_P: tl.constexpr,
+def scale_kernel(
+    p_first, p_first_buffer, p_momentum, p_clip, p_parts, p_matrices, p_sums, p_work, p_scales, MOMENTUM,
+    NESTEROV: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    b_R: tl.constexpr, b_T: tl.constexpr, b_P: tl.constexpr,
 ):  # fmt: skip
-    """X = G / (||G||_F + 1e-7), rounded once to bfloat16. b_R rows of a tile a program.
+    """scale = 1 / (||G||_F + 1e-7), by which X still has to be multiplied. A matrix a program.
 
-    `p_tiles` is int32 [., 4]: matrix, row and column where the part begins, the tile's number in the workspace.
+    A matrix whose norm is not in [LEAST, MOST], so that float32 might not hold the products of its elements, is
+    multiplied here and now; its scale is then 1.
     """
-    p_tile = p_tiles + 4 * tl.program_id(0)
-    p_matrix = p_matrices + tl.load(p_tile) * 7
-    row = tl.load(p_tile + 1)
-    r_R = tl.arange(0, b_R)
-    r_T = tl.arange(0, b_T)
-    p_x = typed_pointer(p_first, p_matrix, VECTOR)
-    M = tl.load(p_matrix + 1)
-    N = tl.load(p_matrix + 2) // VECTOR * VECTOR  # VECTOR divides N; here the compiler sees that it does
-    first_chunk = tl.load(p_matrix + 3)
-    chunks = tl.load(p_matrix + 4)
-
+    matrix = tl.program_id(0)
+    p_matrix = p_matrices + matrix * 7
+    first_part = tl.load(p_matrix + 3)
+    parts = tl.load(p_matrix + 4)
     square_P = tl.zeros((b_P,), tl.float64)
-    for chunk in range(0, chunks, b_P):
-        r_P = chunk + tl.arange(0, b_P)
-        square_P += tl.load(p_sums + first_chunk + r_P, mask=r_P < chunks, other=0)
+    for part in range(0, parts, b_P):
+        r_P = part + tl.arange(0, b_P)
+        square_P += tl.load(p_sums + first_part + r_P, mask=r_P < parts, other=0)
     norm = tl.sqrt(tl.sum(square_P, axis=0))
     # one infinity or NaN makes all of a matrix NaN
     scale = tl.where(norm < float("inf"), 1 / (norm + 1e-7), float("nan"))
-    # for the largest numbers the scale is no normal float32: there it takes two factors
-    first = tl.where(scale < 1e-30, 1e-20, 1.0)
-    second = (scale / first).to(tl.float32)
-
-    r_M = row.to(tl.int64) + r_R
-    r_N = tl.multiple_of(tl.load(p_tile + 2), b_T) + r_T
-    mask = (r_M < M)[:, None] & (r_N < N)[None, :]
-    offsets = r_M[:, None] * N + r_N[None, :]
-    x = tl.load(p_x + offsets, mask=mask, other=0).to(tl.float32)
-    if p_first_buffer is not None:
-        momentum = number_of(p_momentum, MOMENTUM)
-        p_buffer = typed_pointer(p_first_buffer, p_matrix + 6, VECTOR)
-        x = ahead(tl.load(p_buffer + offsets, mask=mask, other=0), x, momentum, NESTEROV)
-    x = x * first.to(tl.float32) * second
-    p_part = p_work + tl.load(p_tile + 3).to(tl.int64) * (b_T * b_T) + (row % b_T) * b_T
-    tl.store(p_part + r_R[:, None] * b_T + r_T[None, :], x.to(p_work.dtype.element_ty))
+    if ((norm > 0) & (norm < LEAST)) | ((norm > MOST) & (norm < float("inf"))):
+        # for the largest numbers the scale is no normal float32: there it takes two factors
+        first = tl.where(scale < 1e-30, 1e-20, 1.0)
+        second = (scale / first).to(tl.float32)
+        for part in range(0, parts):
+            p_part = p_parts + (first_part + part) * 4
+            p_x, p_buffer, mask = part_of(p_first, p_first_buffer, p_part, p_matrix, b_R, b_T)
+            x = tl.load(p_x, mask=mask, other=0).to(tl.float32)
+            if p_clip is not None:
+                x *= tl.load(p_clip)
+            if p_first_buffer is not None:
+                buffer = tl.load(p_buffer, mask=mask, other=0)
+                x = ahead(buffer, x, number_of(p_momentum, MOMENTUM), NESTEROV)
+            store_part(p_work, p_part, x * first.to(tl.float32) * second, b_R, b_T)
+        scale = tl.full((), 1, tl.float64)
+    tl.store(p_scales + matrix, scale.to(tl.float32))
 
 
 @triton.jit
@@ -165,7 +186,7 @@ def wait_for(p_counter, count):
 
 @triton.jit(do_not_specialize=["ITEMS"])
 def newton_schulz_kernel(
-    p_work, p_out, p_items, p_matrices, p_factors, p_done, ITEMS,
+    p_work, p_out, p_items, p_matrices, p_factors, p_scales, p_done, ITEMS,
     ADDS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr, b_T: tl.constexpr, b_K: tl.constexpr,
 ):  # fmt: skip
     """target = alpha * (the product of left and right tiles) + beta * added + gamma * identity, for every item.
@@ -173,7 +194,8 @@ def newton_schulz_kernel(
     `p_items` is int32 [I, 16]: which side of the product is transposed (0 none, 1 the right, 2 the left); first
     tile and step of left and of right; how many; the tiles added, written (-1: the result), and written transposed
     (-1: none); factors; matrix; row and column of the tile; the counter to wait for (-1: none), what it must say, and
-    the one to raise. `p_factors` is float32 [J, 3]: alpha, beta and gamma; no beta is used without ADDS.
+    the one to raise. `p_factors` is float32 [J, 4]: alpha, beta, gamma, and the power of the matrix's scale by which
+    alpha is multiplied; no beta is used without ADDS.
     """
     b_E: tl.constexpr = b_T * b_T
     r_T = tl.arange(0, b_T)
@@ -191,7 +213,8 @@ def newton_schulz_kernel(
         added = tl.load(p_item + 6).to(tl.int64) * b_E
         target = tl.load(p_item + 7).to(tl.int64) * b_E
         mirror = tl.load(p_item + 8).to(tl.int64) * b_E
-        p_factor = p_factors + 3 * tl.load(p_item + 9)
+        p_factor = p_factors + 4 * tl.load(p_item + 9)
+        matrix = tl.load(p_item + 10)
         row = tl.load(p_item + 11)
         column = tl.load(p_item + 12)
         waits_for = tl.load(p_item + 13)
@@ -199,6 +222,12 @@ def newton_schulz_kernel(
         raises = tl.load(p_item + 15)
         alpha = tl.load(p_factor)
         gamma = tl.load(p_factor + 2)
+        power = tl.load(p_factor + 3)
+        if power > 0:
+            scale = tl.load(p_scales + matrix)
+            alpha *= scale
+            if power > 1:
+                alpha *= scale
         if waits_for >= 0:
             wait_for(p_done + waits_for, count)
 
@@ -224,7 +253,7 @@ def newton_schulz_kernel(
             if mirror >= 0:
                 tl.store(p_work + mirror + transposed, product.to(p_work.dtype.element_ty))
         else:
-            p_matrix = p_matrices + tl.load(p_item + 10) * 7
+            p_matrix = p_matrices + matrix * 7
             M = tl.load(p_matrix + 1).to(tl.int32)
             N = tl.load(p_matrix + 2).to(tl.int32) // VECTOR * VECTOR
             p_result = p_out + tl.multiple_of(tl.load(p_matrix + 5), ALIGNED) + row.to(tl.int64) * N
@@ -239,14 +268,12 @@ def newton_schulz_kernel(
 _tables = KeptTables()
 
 
-def _table(plan: Plan, batches: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[Tensor, int]:
-    """The plan's rows with these addresses, on the device; and how many elements a lane can take at a time."""
-    addresses, momenta = _addresses(batches), _addresses(buffers)
-    size = batches[0].itemsize
-    vector = math.gcd(16 // size, plan.columns, *[address // size for address in (*addresses, *momenta)])
-    momenta = momenta or [0] * len(addresses)
+def _table(plan: Plan, batches: Sequence[Tensor], buffers: Sequence[Tensor]) -> Tensor:
+    """The plan's rows with these addresses, on the device."""
+    addresses = _addresses(batches)
+    momenta = _addresses(buffers) or [0] * len(addresses)
     rows = zip(addresses, plan.rows, momenta, strict=True)
-    return _tables.on(batches[0].device, [(address, *row[1:6], momentum) for address, row, momentum in rows]), vector
+    return _tables.on(batches[0].device, [(address, *row[1:6], momentum) for address, row, momentum in rows])
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -274,6 +301,7 @@ class Momentum(NamedTuple):
     buffers: Sequence[Tensor]  # like the batches; moved in place
     factor: float | Tensor  # [] on the device where it is a tensor
     nesterov: bool
+    clip: Tensor | None = None  # [] on the device: gradients are multiplied by it first
 
 
 def orthogonalize(
@@ -281,42 +309,43 @@ def orthogonalize(
 ) -> list[Tensor]:
     """Newton-Schulz of contiguous [M, N] or [batch, M, N], none of them empty, of one dtype, on one device; bfloat16.
 
-    With a momentum these are gradients: buffer = factor * buffer + gradient, and what is orthogonalized is
-    gradient + factor * buffer with `nesterov`, else the buffer. The results share one allocation.
+    With a momentum these are gradients: g = clip * gradient, buffer = factor * buffer + g, and what is orthogonalized
+    is g + factor * buffer with `nesterov`, else the buffer. The results share one allocation.
     """
     device = batches[0].device
     shapes = tuple([(1, *x.shape) if x.dim() == 2 else tuple(x.shape) for x in batches])
     plan = plan_of(shapes, coefficients, device)
-    buffers, factor, nesterov = momentum or Momentum((), 0.0, False)
-    table, vector = _table(plan, batches, buffers)
+    buffers, factor, nesterov, clip = momentum or Momentum((), 0.0, False)
+    table = _table(plan, batches, buffers)
     # the interpreter can neither multiply bfloat16 nor round to it
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     work = torch.empty(plan.workspace * TILE * TILE, dtype=dtype, device=device)
     out = torch.empty(plan.results, dtype=torch.bfloat16, device=device)
-    chunks, parts, items = len(plan.chunks), len(plan.parts), len(plan.items)
-    sums = torch.empty(chunks, dtype=torch.float64, device=device)
+    matrices, parts, items = len(plan.rows), len(plan.parts), len(plan.items)
+    sums = torch.empty(parts, dtype=torch.float64, device=device)
+    scales = torch.empty(matrices, dtype=torch.float32, device=device)
     done = torch.empty(plan.counters, dtype=torch.int32, device=device)
 
     tensor, number = tensor_and_number(factor)
-    given = (batches[0], buffers[0] if buffers else None, tensor)
-    launch(
-        square_sums_kernel,
-        (chunks,),
-        (*given, plan.chunks, table, sums, done),
-        (plan.counters, number),
-        (nesterov, CHUNK, next_power_of_2(cdiv(plan.counters, chunks))),
-    )
+    given = (batches[0], buffers[0] if buffers else None, tensor, clip, plan.parts, table, sums, work)
     launch(
         start_kernel,
         (parts,),
-        (*given, plan.parts, table, sums, work),
+        (*given, done),
+        (plan.counters, number),
+        (nesterov, START_ROWS, TILE, next_power_of_2(cdiv(plan.counters, parts))),
+    )
+    launch(
+        scale_kernel,
+        (matrices,),
+        (*given, scales),
         (number,),
-        (nesterov, vector, START_ROWS, TILE, 64),
+        (nesterov, *SAFE_NORMS, START_ROWS, TILE, 128),
     )
     launch(
         newton_schulz_kernel,
         (min(_programs(device), items),),
-        (work, out, plan.items, table, plan.factors, done),
+        (work, out, plan.items, table, plan.factors, scales, done),
         (items,),
         (plan.adds, math.gcd(ALIGNMENT, plan.columns), plan.alignment, TILE, DEPTH),
     )

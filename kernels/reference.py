@@ -195,16 +195,31 @@ def newton_schulz(
     return tuple(results) if isinstance(matrices, tuple) else results
 
 
+def square_sums(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of each tensor, in float64."""
+    return torch.stack(torch._foreach_norm(tensors)).double().square()
+
+
+def clip_factors(sums: Tensor, largest: float) -> Tensor:
+    """f = min(1, largest / (sqrt(sum_i sums[i]) + 1e-6)) and 1 / f, in float32."""
+    factor = (largest / (sums.sum().sqrt() + 1e-6)).clamp(max=1)
+    return torch.stack((factor, 1 / factor)).float()
+
+
 def momentum_newton_schulz_(
     buffers: Sequence[Tensor],
     gradients: Sequence[Tensor],
     *,
     momentum: float | Tensor,
     nesterov: bool,
+    clip: Tensor | None = None,
     steps: int = 5,
     coefficients: str | Triple | Sequence[Triple] | None = None,
 ) -> list[Tensor]:
-    """buffer = momentum * buffer + g, in place; then newton_schulz of g + momentum * buffer, or of the buffer."""
+    """g = clip * gradient; buffer = momentum * buffer + g, in place; then newton_schulz of g + momentum * buffer, or of
+    the buffer."""
+    if clip is not None:
+        gradients = torch._foreach_mul(gradients, clip)
     torch._foreach_mul_(buffers, momentum)
     torch._foreach_add_(buffers, gradients)
     ahead = buffers

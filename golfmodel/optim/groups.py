@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -12,6 +10,7 @@ from golfmodel.config import Config
 from golfmodel.model.parameters import Group, parameter_specs
 from golfmodel.optim.muon import Muon
 from golfmodel.runtime.distributed import Ranks
+from kernels.clipping import clip_factors, square_sums
 
 
 class Optimizers:
@@ -73,32 +72,30 @@ class Optimizers:
             finish_reducing = self.muon.start_reducing()
             self._ranks.average_gradients(self._others)
             finish_reducing()
-        if self.grad_clip_norm > 0:
-            self._clip()
-        finish_step = self.muon.start_step()
+        clip = self._clip() if self.grad_clip_norm > 0 else None
+        finish_step = self.muon.start_step(None if clip is None else clip[0])
+        # AdamW divides gradients by this, where it reads them anyway.
+        self.adam.grad_scale = None if clip is None else clip[1]
         self.adam.step()
         finish_step()
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
-    def _clip(self) -> None:
-        parameters = [*self._matrices, *self._others]
-        if self._ranks is None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip_norm, foreach=True)
-            return
-        here, everywhere = (_square_of_norm(each, self._ranks.device) for each in (self._matrices, self._others))
-        norm = (self._ranks.reduce_sum(here) + everywhere).sqrt()
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip_norm, norm, foreach=True)
+    def _clip(self) -> Tensor | None:
+        """What gradients are to be multiplied by so that their global norm is within bounds, and its inverse: `[2]`."""
+        here, everywhere = (
+            [parameter.grad for parameter in several if parameter.grad is not None]
+            for several in (self._matrices, self._others)
+        )
+        ranks = self._ranks
+        if ranks is None:
+            gradients = [*here, *everywhere]
+            return clip_factors(square_sums(gradients), self.grad_clip_norm) if gradients else None
+        zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        sums = [square_sums(each).sum() if each else zero for each in (here, everywhere)]
+        return clip_factors(torch.stack((ranks.reduce_sum(sums[0]), sums[1])), self.grad_clip_norm)
 
     def reset(self) -> None:
         """Forgets all state, as if no step had been taken."""
         for optimizer in self.all:
             optimizer.state.clear()
-
-
-def _square_of_norm(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Of all their gradients together, in float32 `[]`; of those that there are."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return torch.zeros((), device=device)
-    return torch.nn.utils.get_total_norm(gradients, foreach=True).float().square()

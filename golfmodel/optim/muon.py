@@ -119,8 +119,12 @@ class Muon(Optimizer):
         return loss
 
     @torch.no_grad()
-    def start_step(self) -> Callable[[], None]:
-        """This rank's part of a step; what it returns waits for the other ranks' and changes the weights."""
+    def start_step(self, clip: Tensor | None = None) -> Callable[[], None]:
+        """This rank's part of a step; what it returns waits for the other ranks' and changes the weights.
+
+        Args:
+            clip: what gradients are multiplied by, `[]` on their device; None for 1.
+        """
         if self._present is None:
             self.start_reducing()()
         present, self._present = self._present, None
@@ -128,7 +132,7 @@ class Muon(Optimizer):
         updates: dict[int, Tensor] = {}
         for group, indices in self._by_group(present):
             own = [index for index in indices if parameters[index].grad is not None]
-            updates.update(zip(own, self._updates(group, [parameters[index] for index in own]), strict=True))
+            updates.update(zip(own, self._updates(group, [parameters[index] for index in own], clip), strict=True))
         if self._shards is None:
             return lambda: self._apply(present, updates)
         wide = self._shards.dtype == torch.float64
@@ -167,7 +171,7 @@ class Muon(Optimizer):
             yield group, [index for index in indices if first <= index < last]
             first = last
 
-    def _updates(self, group: dict[str, Any], parameters: list[Tensor]) -> list[Tensor]:
+    def _updates(self, group: dict[str, Any], parameters: list[Tensor], clip: Tensor | None) -> list[Tensor]:
         """Moves the momentum of these parameters, and orthogonalises."""
         gradients, buffers = [parameter.grad for parameter in parameters], []
         for parameter in parameters:
@@ -175,9 +179,8 @@ class Muon(Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             buffers.append(state["momentum_buffer"])
-        return momentum_newton_schulz_(
-            buffers, gradients, momentum=group["momentum"], nesterov=group["nesterov"], steps=group["ns_steps"]
-        )
+        options = {name: group[name] for name in ("momentum", "nesterov")}
+        return momentum_newton_schulz_(buffers, gradients, **options, clip=clip, steps=group["ns_steps"])
 
     @torch.no_grad()
     def _apply(self, present: Sequence[int], updates: Mapping[int, Tensor]) -> None:

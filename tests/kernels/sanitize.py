@@ -22,6 +22,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import kernels
 from kernels import testing
+from kernels.clipping import clip_factors, square_sums
 from kernels.muon_update import momentum_newton_schulz_, muon_update_
 
 
@@ -47,7 +48,10 @@ def main() -> None:
     if not all(map(torch.equal, codes, unpacked)):
         raise SystemExit("unpack_int6 of a list is not what pack_int6 packed")
     buffers, gradients = ([torch.randn_like(weight) for weight in weights] for _ in range(2))
-    updates = momentum_newton_schulz_(buffers, gradients, momentum=0.9, nesterov=True)
+    clip = clip_factors(square_sums([*gradients, torch.randn(7, device=device).bfloat16()]), 0.3)
+    buffers[0] *= 1e-20  # a norm at which the matrix is scaled before the products
+    gradients[0] *= 1e-20
+    updates = momentum_newton_schulz_(buffers, gradients, momentum=0.9, nesterov=True, clip=clip[0])
     aligned = [torch.randn(16, 64, device=device), torch.randn(3, 1536, device=device)]
     muon_update_(aligned, [updates[1], updates[2]], [1.0, 1.0], lr=0.1, weight_decay=0.1)
     torch.cuda.synchronize()

@@ -58,9 +58,10 @@ def ulps(found, expected):
 @pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("kind", ["number", "tensor"])
 @pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e25])  # of which float32 holds no products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_momentum_moves_and_what_is_ahead_is_orthogonalized(dtype, nesterov, kind, device, launched):
-    buffers, gradients = matrices(device, dtype, 1), matrices(device, dtype, 2)
+def test_momentum_moves_and_what_is_ahead_is_orthogonalized(dtype, size, nesterov, kind, device, launched):
+    buffers, gradients = matrices(device, dtype, 1, size), matrices(device, dtype, 2, size)
     (ours, moved), (theirs, expected) = both(
         momentum_newton_schulz_,
         reference.momentum_newton_schulz_,
@@ -75,6 +76,20 @@ def test_momentum_moves_and_what_is_ahead_is_orthogonalized(dtype, nesterov, kin
         assert one.dtype == dtype
     for one, other in zip(ours, theirs, strict=True):
         # both round some fifteen products to bfloat16, each in its own way
+        assert (one.float() - other.float()).norm() <= 0.05 * other.float().norm()
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("size", [1.0, 1e-20])
+def test_gradients_are_clipped_on_their_way(size, device, launched):
+    buffers, gradients = matrices(device, seed=1, size=size), matrices(device, seed=2, size=size)
+    options = {"momentum": 0.9, "nesterov": True, "clip": torch.tensor(0.125, device=device)}
+    (ours, moved), (theirs, expected) = both(
+        momentum_newton_schulz_, reference.momentum_newton_schulz_, buffers, gradients, **options
+    )
+    assert "momentum_newton_schulz_" in launched
+    assert all(ulps(one, other) <= 1 for one, other in zip(moved, expected, strict=True))
+    for one, other in zip(ours, theirs, strict=True):
         assert (one.float() - other.float()).norm() <= 0.05 * other.float().norm()
 
 

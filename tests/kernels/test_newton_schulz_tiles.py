@@ -120,16 +120,16 @@ def test_items_are_the_iteration(shape, segments):
     (place,), (stages,), total = planned([shape], TRIPLES, segments)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) / 100
-    rows, columns = place.rows, place.columns
+    rows, columns, scale = place.rows, place.columns, 0.5
     work = torch.full((total, 128, 128), float("nan"), dtype=torch.float64)
-    work[: rows * columns] = x.reshape(rows, 128, columns, 128).transpose(1, 2).reshape(-1, 128, 128)
+    work[: rows * columns] = (x / scale).reshape(rows, 128, columns, 128).transpose(1, 2).reshape(-1, 128, 128)
     result = torch.full(shape, float("nan"), dtype=torch.float64)
     factors = plan.factors_of([stages])
     for item in plan.work_order([place], [stages]):
         form, left, left_step, right, right_step, count, added, target, mirror, number, _, row, column = item[:13]
         product = sum(FORMS[form](work[left + k * left_step], work[right + k * right_step]) for k in range(count))
-        alpha, beta, gamma = factors[number]
-        product = alpha * product + (beta * work[added] if beta else 0)
+        alpha, beta, gamma, power = factors[number]
+        product = alpha * scale**power * product + (beta * work[added] if beta else 0)
         if row == column and gamma:
             product += gamma * torch.eye(128)
         if target < 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -143,23 +143,22 @@ def test_rate_zero_moves_nothing():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
-def gradient_norm_in_step(model: GPT, optimizers: Optimizers) -> tuple[float, float]:
-    """The global gradient norm before `step`, and as the optimizers see it."""
-
-    def norm() -> float:
-        return float(torch.cat([p.grad.flatten().double() for p in model.parameters()]).norm())
-
-    seen = []
-    take = optimizers.muon.start_step
-
-    def watched() -> Callable[[], None]:
-        seen.append(norm())
-        return take()
-
-    optimizers.muon.start_step = watched
-    before = norm()
+def clipped_in_step(model: GPT, optimizers: Optimizers) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Every gradient before a first `step`, and as the optimizers saw it, by the momenta that they have of it."""
+    before = [parameter.grad.double() for parameter in model.parameters()]
     optimizers.step()
-    return before, seen[0]
+    seen = []
+    for parameter in model.parameters():
+        if parameter in optimizers.muon.state:
+            seen.append(optimizers.muon.state[parameter]["momentum_buffer"].double())
+        else:
+            group = next(g for g in optimizers.adam.param_groups if any(p is parameter for p in g["params"]))
+            seen.append(optimizers.adam.state[parameter]["exp_avg"].double() / (1 - group["betas"][0]))
+    return list(zip(before, seen, strict=True))
+
+
+def global_norm(gradients: Iterable[torch.Tensor]) -> float:
+    return float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
@@ -167,29 +166,17 @@ def gradient_norm_in_step(model: GPT, optimizers: Optimizers) -> tuple[float, fl
 def test_the_global_gradient_norm_is_clipped(compute_dtype, scale):
     model, optimizers = fresh(dataclasses.replace(UNTIED, grad_clip_norm=0.3, compute_dtype=compute_dtype))
     set_gradients(model, 0, scale)
-    before, after = gradient_norm_in_step(model, optimizers)
-    if before < 0.3:
-        assert scale == 1e-4
-        assert after == before
-    else:
-        # Gradients of embeddings, and the norm taken of them, are rounded to bf16.
-        assert after == pytest.approx(0.3, rel=1e-5 if compute_dtype == "float32" else 2**-8)
+    before, after = map(global_norm, zip(*clipped_in_step(model, optimizers), strict=True))
+    # The moments of embeddings, and the norm taken of their gradients, are rounded to bf16.
+    rounding = 1e-5 if compute_dtype == "float32" else 2**-8
+    assert (before < 0.3) == (scale == 1e-4)
+    assert after == pytest.approx(min(before, 0.3), rel=rounding)
 
 
 def test_clipping_keeps_the_direction():
     model, optimizers = fresh(dataclasses.replace(CONFIG, grad_clip_norm=0.3))
     set_gradients(model, 0)
-    before = [parameter.grad.clone() for parameter in model.parameters()]
-    after: list[torch.Tensor] = []
-    take = optimizers.muon.start_step
-
-    def watched() -> Callable[[], None]:
-        after.extend(parameter.grad.clone() for parameter in model.parameters())
-        return take()
-
-    optimizers.muon.start_step = watched
-    optimizers.step()
-    ratios = torch.cat([(new / old).flatten() for new, old in zip(after, before, strict=True)])
+    ratios = torch.cat([(new / old).flatten() for old, new in clipped_in_step(model, optimizers)])
     assert ratios.std() < 1e-6
     assert 0 < ratios.mean() < 1
 
@@ -197,8 +184,22 @@ def test_clipping_keeps_the_direction():
 def test_no_clipping_at_zero():
     model, optimizers = fresh(dataclasses.replace(CONFIG, grad_clip_norm=0.0))
     set_gradients(model, 0, 1e4)
-    before, after = gradient_norm_in_step(model, optimizers)
-    assert after == before > 1e4
+    for old, new in clipped_in_step(model, optimizers):
+        torch.testing.assert_close(new, old, rtol=1e-6, atol=0)
+
+
+def test_a_step_is_that_of_clipped_gradients():
+    """The weights, not only the momenta: beside a step that clips with PyTorch before it."""
+    models = []
+    for clip in (0.3, 0.0):
+        model, optimizers = fresh(dataclasses.replace(UNTIED, grad_clip_norm=clip))
+        set_gradients(model, 0)
+        if not clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        optimizers.step()
+        models.append(model)
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_are_freed():
