@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +67,7 @@ def interleaved(
         rounds: samples of each.
 
     Raises:
-        MeasurementError: the device ran ahead of the host even so.
+        MeasurementError: the device ran ahead of the host even so, or a call waited for it.
     """
     clock = _Device(device) if device.type == "cuda" else _Host()
     for function in functions.values():
@@ -155,8 +157,9 @@ class _Device:
             torch.cuda._sleep(int(asleep * self.cycles_per_second))
             begin.record()
             started = time.perf_counter()
-            for index in range(position, position + calls):
-                function(index % sets)
+            with _no_waiting():
+                for index in range(position, position + calls):
+                    function(index % sets)
             queued = time.perf_counter()
             waited = not begin.query()
             end.record()
@@ -172,7 +175,7 @@ class _Device:
             asleep = 2 * max(asleep, least * calls)
         raise MeasurementError(
             f"the device did not wait for the host through {MAX_SLEEP_SECONDS} s: a call takes the host "
-            f"{1e3 * host / calls:.1f} ms, or makes it wait for the device"
+            f"{1e3 * host / calls:.1f} ms"
         )
 
     def peak_bytes(self, function: Timed) -> int:
@@ -181,6 +184,25 @@ class _Device:
         torch.cuda.reset_peak_memory_stats(self.device)
         function(0)
         return torch.cuda.max_memory_allocated(self.device) - before
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Makes an error of a call that waits for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch says at each change that not everything is noticed
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        except RuntimeError as error:
+            if "synchronizing CUDA operation" not in str(error):
+                raise
+            raise MeasurementError(
+                f"a call makes the host wait for the device, so it cannot be timed: {error}"
+            ) from error
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 class _no_garbage_collection:

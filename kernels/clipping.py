@@ -71,7 +71,7 @@ def clip_factors(sums: Tensor, largest: float) -> Tensor:
         sums: as `square_sums` gives them.
     """
     run = reference.clip_factors
-    if not is_traced(sums) and not is_captured(sums):
+    if not is_traced((sums,)) and not is_captured(sums):
         run = dispatch.implementation("clip_factors", sums)
     return run(sums, largest)
 

@@ -120,5 +120,5 @@ def test_memory_is_the_most_that_a_call_holds():
 @pytest.mark.gpu
 def test_a_function_that_waits_for_the_device_cannot_be_timed():
     x = torch.ones(1, device="cuda")
-    with pytest.raises(MeasurementError, match="did not wait for the host"):
+    with pytest.raises(MeasurementError, match="makes the host wait"):
         interleaved({"waits": lambda _: x.item()}, sets=1, device=torch.device("cuda"), rounds=1)
