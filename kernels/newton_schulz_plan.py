@@ -30,7 +30,7 @@ from kernels.launch import cdiv
 from kernels.reference import NAMED_COEFFICIENTS, Triple
 
 TILE = 128
-START_ROWS = 32  # of a tile that one program copies
+START_ROWS = 8  # of a tile that one program copies
 ALIGNMENT = 8  # elements: every result starts at a multiple of 16 bytes
 KEPT = 64  # plans kept for the next call on matrices of the same shapes
 # Buffers of a matrix: X, X after an update; squares: R, P R, and three that P and the product of all P take in turn.

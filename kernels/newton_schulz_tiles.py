@@ -334,6 +334,7 @@ def orthogonalize(
         (*given, done),
         (plan.counters, number),
         (nesterov, START_ROWS, TILE, next_power_of_2(cdiv(plan.counters, parts))),
+        num_warps=2,
     )
     launch(
         scale_kernel,
