@@ -20,10 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from golfmodel.artifact.bounded import read_bounded
 from golfmodel.artifact.frame import compress, decompress
 from golfmodel.artifact.stored import CODE_LIMIT, VALUE_DTYPE, StoredTensor
 from golfmodel.model.parameters import Storage
+from golfmodel.runtime.bounded import read_bounded
 from golfmodel.runtime.errors import ArtifactError
 from golfmodel.runtime.files import write_bytes
 
@@ -69,7 +69,7 @@ def read_artifact(path: str | Path) -> Artifact:
     Raises:
         ArtifactError: the file is missing, too large, damaged, foreign or inconsistent; says which.
     """
-    return decode_artifact(read_bounded(path, MAX_FILE_BYTES, "an artifact"), str(path))
+    return decode_artifact(read_bounded(path, MAX_FILE_BYTES, "an artifact", ArtifactError), str(path))
 
 
 def encode_artifact(artifact: Artifact, *, show_progress: bool = False) -> bytes:

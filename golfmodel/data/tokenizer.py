@@ -9,9 +9,14 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from golfmodel.runtime.bounded import read_bounded
 from golfmodel.runtime.errors import DataError
 
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
+
+# Shards hold at most 65,536 ids, which a vocabulary of 256,000 pieces (4.2 MB) exceeds fourfold. SentencePiece takes up
+# to 50 bytes of memory for each of the file's.
+MAX_MODEL_BYTES = 8 * 2**20
 
 
 class Tokenizer:
@@ -28,17 +33,18 @@ class Tokenizer:
         vocab_size: the vocabulary the model must have; None for any.
 
     Raises:
-        DataError: the file is missing, is not a SentencePiece model, or has another vocabulary size.
+        DataError: the file is missing, too large or damaged, is not a SentencePiece model, or has another
+            vocabulary size.
     """
 
     def __init__(self, path: str | Path, vocab_size: int | None = None) -> None:
         self.path = Path(path)
         try:
-            serialized = self.path.read_bytes()
-        except OSError as error:
+            serialized = read_bounded(path, MAX_MODEL_BYTES, "a tokenizer", DataError)
+        except DataError as error:
             raise DataError(
-                f"cannot read the tokenizer {path} (TOKENIZER_PATH): {error.strerror or error}; it must be a "
-                "SentencePiece model, such as `python -m golfmodel.data demo` or `download` makes"
+                f"{error}; TOKENIZER_PATH names a SentencePiece model, such as `python -m golfmodel.data demo` or "
+                "`download` makes"
             ) from error
         self.digest = hashlib.sha256(serialized).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor()

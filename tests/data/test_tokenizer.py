@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import random
 import struct
 from pathlib import Path
@@ -161,10 +162,22 @@ def test_another_vocabulary_names_both_options(demo_corpus):
 
 
 def test_a_missing_tokenizer(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read the tokenizer .*gone\.model \(TOKENIZER_PATH\): No such file"):
+    with pytest.raises(DataError, match=r"gone\.model: cannot read a tokenizer: No such file.*; TOKENIZER_PATH names"):
         Tokenizer(tmp_path / "gone.model")
-    with pytest.raises(DataError, match="Is a directory"):
-        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_tokenizer_that_is_no_file_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "x.model")
+    with pytest.raises(DataError, match=r"x\.model: not a file; expected a tokenizer"):
+        Tokenizer(tmp_path / "x.model")
+
+
+def test_an_enormous_tokenizer_is_not_read(tmp_path):
+    with (tmp_path / "x.model").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(DataError, match=r"x\.model: 1,099,511,627,776 bytes; a tokenizer has at most 8,388,608"):
+        Tokenizer(tmp_path / "x.model")
 
 
 @pytest.mark.parametrize("content", [b"", bytes(64), b"not a model at all\n" * 50, b"\x0a\x05hello"])
