@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ SPACE = "▁"  # how SentencePiece writes a space inside a piece
 # Shards hold at most 65,536 ids, which a vocabulary of 256,000 pieces (4.2 MB) exceeds fourfold. SentencePiece takes up
 # to 50 bytes of memory for each of the file's.
 MAX_MODEL_BYTES = 8 * 2**20
+
+# Older ones end the process on a piece that is empty or long, and on a normalizer's table that points outside itself.
+_OLDEST_SOUND_LIBRARY = (0, 2, 2)
 
 
 class Tokenizer:
@@ -34,7 +38,7 @@ class Tokenizer:
 
     Raises:
         DataError: the file is missing, too large or damaged, is not a SentencePiece model, or has another
-            vocabulary size.
+            vocabulary size; or the installed SentencePiece is one that damaged models crash.
     """
 
     def __init__(self, path: str | Path, vocab_size: int | None = None) -> None:
@@ -47,6 +51,7 @@ class Tokenizer:
                 "`download` makes"
             ) from error
         self.digest = hashlib.sha256(serialized).hexdigest()
+        _require_sound_library()
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(serialized)
@@ -114,3 +119,13 @@ class Tokenizer:
                 leading_space_V[token] = piece.startswith(SPACE)
                 bytes_V[token] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
         return bytes_V, leading_space_V, hides_space_V
+
+
+def _require_sound_library() -> None:
+    version = sentencepiece.__version__
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < _OLDEST_SOUND_LIBRARY:
+        oldest = ".".join(map(str, _OLDEST_SOUND_LIBRARY))
+        raise DataError(
+            f"sentencepiece {version} is installed, which a damaged tokenizer crashes; it must be {oldest} or newer: "
+            f"pip install 'sentencepiece>={oldest}'"
+        )
