@@ -59,7 +59,9 @@ class Tokenizer:
             self.bos_id = int(self._processor.bos_id())
             self._bytes_V, self._leading_space_V, self._hides_space_V = self._tables()
         except (RuntimeError, ValueError, OSError, IndexError) as error:
-            raise DataError(f"{path} (TOKENIZER_PATH) is not a SentencePiece model, or is damaged: {error}") from error
+            raise DataError(
+                f"{path} (TOKENIZER_PATH) is not a SentencePiece model, or is damaged: {_printable(error)}"
+            ) from error
         if vocab_size is not None and vocab_size != self.vocab_size:
             raise DataError(
                 f"the tokenizer {path} (TOKENIZER_PATH) has a vocabulary of {self.vocab_size}, but VOCAB_SIZE "
@@ -79,12 +81,30 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without a begin-of-document id."""
-        return self._processor.encode(text)
+        """The ids of `text`, without a begin-of-document id.
+
+        Raises:
+            DataError: the model has no ids for it, or it is not valid Unicode.
+        """
+        try:
+            return self._processor.encode(text)
+        except (RuntimeError, ValueError) as error:
+            raise DataError(
+                f"the tokenizer {self.path} (TOKENIZER_PATH) cannot encode a text: {_printable(error)}"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; control pieces vanish, and so does the space SentencePiece puts before a text."""
-        return self._processor.decode([int(token) for token in ids])
+        """The text of `ids`; control pieces vanish, and so does the space SentencePiece puts before a text.
+
+        Raises:
+            DataError: the model makes something of them that is not UTF-8.
+        """
+        try:
+            return self._processor.decode([int(token) for token in ids])
+        except (RuntimeError, ValueError) as error:
+            raise DataError(
+                f"the tokenizer {self.path} (TOKENIZER_PATH) makes no text of ids: {_printable(error)}"
+            ) from error
 
     def target_bytes(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
         """How many bytes of text each target token stands for, given the token before it.
@@ -129,3 +149,8 @@ def _require_sound_library() -> None:
             f"sentencepiece {version} is installed, which a damaged tokenizer crashes; it must be {oldest} or newer: "
             f"pip install 'sentencepiece>={oldest}'"
         )
+
+
+def _printable(error: Exception) -> str:
+    """The library's message, which quotes what the file says, in one line of 200 characters at most."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(error))[:200]

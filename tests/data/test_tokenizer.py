@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from protobuf import message_of, piece_field
+from protobuf import BYTES, TRAINER, message_of, piece_field
 
 from golfmodel.data.demo import read_standard_library, split_documents, standard_library
 from golfmodel.data.tokenizer import Tokenizer
@@ -158,6 +158,24 @@ def test_a_file_that_is_no_model(tmp_path, content):
     (tmp_path / "x.model").write_bytes(content)
     with pytest.raises(DataError, match=r"x\.model \(TOKENIZER_PATH\) is not a SentencePiece model"):
         Tokenizer(tmp_path / "x.model")
+
+
+def test_a_text_or_ids_that_a_model_cannot_take_are_an_error(demo_tokenizer, byte_model, tmp_path):
+    with pytest.raises(DataError, match=r"demo_1024_bpe\.model \(TOKENIZER_PATH\) cannot encode a text: "):
+        demo_tokenizer.encode("half a pair \ud800")
+    surface = message_of([(44, BYTES, b"\xff")])
+    (tmp_path / "x.model").write_bytes(byte_model + message_of([(TRAINER, BYTES, surface)]))
+    with pytest.raises(DataError, match=r"x\.model \(TOKENIZER_PATH\) makes no text of ids: .*utf-8"):
+        Tokenizer(tmp_path / "x.model").decode([0])
+
+
+def test_what_a_damaged_model_says_stays_in_one_line(byte_model, tmp_path):
+    noise = b"\n\x1b[2J" + b"x" * 5000
+    (tmp_path / "x.model").write_bytes(byte_model + message_of([piece_field(noise, 6)]))
+    with pytest.raises(DataError, match="is damaged: INTERNAL: byte piece ") as caught:
+        Tokenizer(tmp_path / "x.model")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
 
 
 def test_a_library_that_damaged_models_crash_is_refused(demo_corpus, monkeypatch):
