@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from golfmodel.data.model_proto import check_model
 from golfmodel.runtime.bounded import read_bounded
 from golfmodel.runtime.errors import DataError
 
@@ -54,6 +55,7 @@ class Tokenizer:
         _require_sound_library()
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
+            check_model(serialized)
             self._processor.LoadFromSerializedProto(serialized)
             self.vocab_size = int(self._processor.vocab_size())
             self.bos_id = int(self._processor.bos_id())
