@@ -19,6 +19,9 @@ MUTANTS = {
     "artifact file": 10_000,
     "artifact blob": 10_000,
     "artifact header": 2_000,
+    "tokenizer file": 4_000,
+    "tokenizer fields": 6_000,
+    "tokenizer charsmap": 1_000,
 }
 
 _EXTREMES = (0, 1, 2**7 - 1, 2**7, 2**15 - 1, 2**15, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1)
