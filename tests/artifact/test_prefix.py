@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak_memory import peak_growth
 
 from golfmodel.artifact.prefix import load_prefix, longest_prefix, main
 from golfmodel.artifact.prefix_codec import CODECS, WRITING_CODECS, decode_prefix, encode_prefix
@@ -110,19 +111,6 @@ def test_lengths_are_checked(codec: str) -> None:
         decode_prefix(blob(raw(range(9)) + b"x"), codec, 9)
 
 
-MEMORY_PROGRAM = """
-import resource, sys
-from golfmodel.artifact.prefix_codec import decode_prefix
-from golfmodel.runtime.errors import ArtifactError
-
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    decode_prefix(open(sys.argv[1], "rb").read(), sys.argv[2], 1000)
-except ArtifactError as error:
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, error)
-"""
-
-
 @pytest.mark.parametrize("codec", ["lzma", "zlib", "alone with a 4 GiB dictionary"])
 def test_a_bomb_takes_bounded_memory(codec: str, tmp_path: Path) -> None:
     content = bytes(2**28)
@@ -134,17 +122,14 @@ def test_a_bomb_takes_bounded_memory(codec: str, tmp_path: Path) -> None:
         blob = b"\x5d\xff\xff\xff\xff" + bytes(100)
         codec = "lzma"
     (tmp_path / "bomb").write_bytes(blob)
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY_PROGRAM, str(tmp_path / "bomb"), codec],
-        cwd=PROJECT_ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
+    growth, said = peak_growth(
+        "from golfmodel.artifact.prefix_codec import decode_prefix",
+        "decode_prefix(Path(sys.argv[1]).read_bytes(), sys.argv[2], 1000)",
+        tmp_path / "bomb",
+        codec,
     )
-    growth, message = done.stdout.split(" ", 1)
-    assert "more than the text's 1,000 targets" in message or "Memory usage limit" in message
-    assert int(growth) < 16 * 2**20
+    assert "more than the text's 1,000 targets" in said or "Memory usage limit" in said
+    assert growth < 16 * 2**20
 
 
 @pytest.mark.parametrize("codec", CODECS)
