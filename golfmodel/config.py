@@ -237,7 +237,9 @@ class Config:
         for name, each in known.items():
             if type(values[name]).__name__ != each.type:
                 raise ConfigError(f"the stored {name.upper()} is {values[name]!r}: must be of type {each.type}")
-        return Config(**values)
+        # How a batch was cut into rows is no part of a model; a batch of one row fits every length of a row.
+        length = values["train_seq_len"]
+        return Config(**values, train_batch_tokens=length, micro_batch_tokens=length)
 
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {

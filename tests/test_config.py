@@ -283,6 +283,13 @@ def test_artifact_fields_round_trip_through_json():
     assert rebuilt.document_boundaries
 
 
+@pytest.mark.parametrize("length", [2, 1000, 2**17])
+def test_artifact_fields_of_any_row_length_round_trip(length):
+    """Whatever batch they were trained with: the default one is neither 1,000s nor as long as the longest row."""
+    config = Config(train_seq_len=length, train_batch_tokens=100 * length, micro_batch_tokens=length)
+    assert Config.from_artifact_fields(config.artifact_fields()).artifact_fields() == config.artifact_fields()
+
+
 def test_artifact_fields_hold_what_rebuilds_and_scores_a_model():
     assert ARTIFACT_FIELDS.keys() == {
         *("num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "vocab_size", "tie_embeddings"),
