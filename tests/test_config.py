@@ -345,6 +345,24 @@ def test_a_hostile_artifact_field_is_a_config_error(name, value):
         Config.from_artifact_fields({**ARTIFACT_FIELDS, name: value})
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"\n\x1b[2J" * 1000: 1},
+        {f"option{number}": 1 for number in range(1000)},
+        {"num_layers": "\n" * 10**5},
+        {"num_layers": [["\n"] * 1000] * 1000},
+        {"compute_dtype": "\n\x1b" * 10**5},
+    ],
+    ids=["a name", "names", "a text for a number", "lists for a number", "a choice"],
+)
+def test_what_a_hostile_artifact_says_stays_in_one_short_line(changes):
+    with pytest.raises(ConfigError) as caught:
+        Config.from_artifact_fields({**ARTIFACT_FIELDS, **changes})
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
