@@ -19,6 +19,7 @@ MUTANTS = {
     "artifact file": 10_000,
     "artifact blob": 10_000,
     "artifact header": 2_000,
+    "artifact model": 1_000,
     "tokenizer file": 4_000,
     "tokenizer fields": 6_000,
     "tokenizer charsmap": 1_000,
