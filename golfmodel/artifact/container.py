@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from golfmodel.artifact.frame import compress, decompress
+from golfmodel.artifact.frame import compress, content_limit, decompress
 from golfmodel.artifact.stored import CODE_LIMIT, VALUE_DTYPE, StoredTensor
 from golfmodel.model.parameters import Storage
 from golfmodel.runtime.bounded import read_bounded
@@ -78,7 +78,13 @@ def encode_artifact(artifact: Artifact, *, show_progress: bool = False) -> bytes
     Raises:
         ArtifactError: the artifact breaks a rule that a reader checks.
     """
-    data = compress(_blob(artifact), show_progress=show_progress)
+    blob = _blob(artifact)
+    data = compress(blob, show_progress=show_progress)
+    if len(blob) > content_limit(len(data)):
+        raise ArtifactError(
+            f"{len(blob):,} bytes compress to {len(data):,}, of which a reader accepts {content_limit(len(data)):,}; "
+            "the weights of a trained model are not that uniform"
+        )
     if len(data) > MAX_FILE_BYTES:
         raise ArtifactError(f"the artifact takes {len(data):,} bytes; a reader accepts {MAX_FILE_BYTES:,}")
     return data

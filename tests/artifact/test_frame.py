@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -83,16 +84,24 @@ def test_an_oversized_declared_size_or_window_is_refused() -> None:
         decode_artifact(rle_frame(2**17, 1, window_log=30), "model")
 
 
+NOISE = random.Random(0).randbytes(2**19)
+
+
 @pytest.mark.parametrize(
     ("bomb", "limit_mib", "message"),
     [
-        (rle_frame(2**27, 1), 16, "damaged zstd frame"),
+        (rle_frame(2**27, 1), 1, "more than a file of 21 bytes may hold: 1,053,952"),
+        (rle_frame(2**20, 8), 8, "damaged zstd frame"),
         (rle_frame(2**62, 200), 8, "declares 4,611,686,018,427,387,904 bytes"),
         (rle_frame(1000, 8000), 80, "damaged zstd frame"),
         (rle_frame(2**20, 8000, window_log=17), 80, "holds more than the 1,048,576 bytes it declares"),
-        (framed(bytes(2**27)), 450, "the safetensors header is not JSON"),
+        (framed(bytes(2**27)), 1, "declares 134,217,728 bytes of content, more than a file of 4,"),
+        (framed(NOISE + bytes(2**27 - len(NOISE))), 450, "not a safetensors blob"),
     ],
-    ids=["declares 128 MiB", "declares 4 EiB", "declares 1 kB, holds 1 GB", "declares 1 MiB, holds 1 GB", "zeros"],
+    ids=[
+        *("declares 128 MiB", "declares 1 MiB", "declares 4 EiB", "declares 1 kB, holds 1 GB"),
+        *("declares 1 MiB, holds 1 GB", "zeros", "all that a file may hold"),
+    ],
 )
 def test_a_bomb_takes_bounded_memory(bomb: bytes, limit_mib: int, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bomb"
