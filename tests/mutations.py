@@ -23,6 +23,7 @@ MUTANTS = {
     "shard": 3_000,
     "shard in training": 2_000,
     "shard in validation": 2_000,
+    "download manifest": 1_000,
     "tokenizer file": 4_000,
     "tokenizer fields": 6_000,
     "tokenizer charsmap": 1_000,
