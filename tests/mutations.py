@@ -20,6 +20,7 @@ MUTANTS = {
     "artifact blob": 10_000,
     "artifact header": 2_000,
     "artifact model": 1_000,
+    "prefix": 5_000,
     "shard": 3_000,
     "shard in training": 2_000,
     "shard in validation": 2_000,
