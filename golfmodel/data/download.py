@@ -29,7 +29,7 @@ _REMOTE_ROOT = "datasets"  # the folder of the repository that is laid out as th
 _MANIFEST = "manifest.json"
 _STAGING = ".download"
 _MAX_MANIFEST_BYTES = 2**20
-_MAX_SHARDS = 100_000  # of 200 MB each: more than any disk holds, and few enough to list
+_MAX_SHARDS = 10_000  # of 200 MB each, 2 TB
 _STORAGE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 
 # Takes a path in the repository, a local directory and whether to ignore what is there; returns the local file, which

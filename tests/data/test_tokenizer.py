@@ -8,10 +8,11 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak_memory import peak_growth
 from protobuf import BYTES, TRAINER, message_of, piece_field
 
 from golfmodel.data.demo import read_standard_library, split_documents, standard_library
-from golfmodel.data.tokenizer import Tokenizer
+from golfmodel.data.tokenizer import MAX_MODEL_BYTES, Tokenizer
 from golfmodel.runtime.errors import DataError
 
 HARD_TEXTS = [
@@ -158,6 +159,20 @@ def test_a_file_that_is_no_model(tmp_path, content):
     (tmp_path / "x.model").write_bytes(content)
     with pytest.raises(DataError, match=r"x\.model \(TOKENIZER_PATH\) is not a SentencePiece model"):
         Tokenizer(tmp_path / "x.model")
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [b"\x0a\x00", b"\x12\x00", b"\x08\x00", b"\x22\x02\x0a\x00"],
+    ids=["pieces", "specifications", "integers", "self-tests"],
+)
+def test_the_largest_tokenizer_takes_bounded_memory(byte_model, tmp_path, unit):
+    """Made of the smallest fields there are, empty ones."""
+    path = tmp_path / "x.model"
+    path.write_bytes(byte_model + unit * ((MAX_MODEL_BYTES - len(byte_model)) // len(unit)))
+    growth, said = peak_growth("from golfmodel.data.tokenizer import Tokenizer", "Tokenizer(sys.argv[1])", path)
+    assert said == "no error" or "piece must not be empty" in said
+    assert growth < 50 * MAX_MODEL_BYTES
 
 
 def test_a_text_or_ids_that_a_model_cannot_take_are_an_error(demo_tokenizer, byte_model, tmp_path):
