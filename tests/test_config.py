@@ -299,6 +299,20 @@ def test_artifact_fields_hold_what_rebuilds_and_scores_a_model():
     }
 
 
+def test_no_text_in_an_artifact_can_be_a_path():
+    texts = [each for each in dataclasses.fields(Config) if each.metadata["in_artifact"] and each.type == "str"]
+    assert {each.name for each in texts} == {"compute_dtype", "embed_storage"}
+    assert all(each.metadata["choices"] for each in texts)
+
+
+@pytest.mark.parametrize(
+    "run_id", ["..", "../x", "x/../../y", "/abs", "a/b", "a\\b", ".x", "-x", "a\0", "a\n", "a b", "~", "é"]
+)
+def test_no_run_leaves_the_directory_of_runs(run_id):
+    with pytest.raises(ConfigError, match="RUN_ID"):
+        resolve([], {"RUN_ID": run_id})
+
+
 @pytest.mark.parametrize("name", ARTIFACT_FIELDS)
 def test_a_missing_artifact_field_is_named(name):
     values = {key: value for key, value in ARTIFACT_FIELDS.items() if key != name}

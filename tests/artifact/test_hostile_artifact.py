@@ -94,6 +94,14 @@ def test_a_signed_but_inconsistent_artifact_is_refused(
         decode_artifact(forgery.sign().file(), "model")
 
 
+@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "a/../../b", "..", ".", "a\\b", "a\0b", "~", ""])
+def test_no_name_in_an_artifact_is_a_path(name: str, forgery: Forgery) -> None:
+    forgery.tensors[name] = forgery.tensors.pop(GATE)
+    forgery.schemes(**{GATE: None, name: "fp32"})
+    with pytest.raises(ArtifactError, match="a name is at most 200 letters, digits, dots and underscores"):
+        decode_artifact(forgery.sign().file(), "model")
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,11 +11,12 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peak_memory import peak_growth
-from protobuf import BYTES, TRAINER, message_of, piece_field
+from protobuf import BYTES, NORMALIZER, TRAINER, message_of, piece_field
 
 from golfmodel.data.demo import read_standard_library, split_documents, standard_library
 from golfmodel.data.tokenizer import MAX_MODEL_BYTES, Tokenizer
 from golfmodel.runtime.errors import DataError
+from golfmodel.runtime.versions import PROJECT_ROOT
 
 HARD_TEXTS = [
     "",
@@ -173,6 +176,34 @@ def test_the_largest_tokenizer_takes_bounded_memory(byte_model, tmp_path, unit):
     growth, said = peak_growth("from golfmodel.data.tokenizer import Tokenizer", "Tokenizer(sys.argv[1])", path)
     assert said == "no error" or "piece must not be empty" in said
     assert growth < 50 * MAX_MODEL_BYTES
+
+
+READ_TOKENIZER = """
+import sys
+from golfmodel.data.tokenizer import Tokenizer
+tokenizer = Tokenizer(sys.argv[1])
+assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+"""
+
+
+def test_paths_in_a_tokenizer_are_never_opened(byte_model, tmp_path):
+    """Its specifications name files. Whoever opens the pipe that they name here waits for ever."""
+    os.mkfifo(tmp_path / "escaped")
+    for place in (b"../escaped", bytes(tmp_path / "escaped")):
+        trainer = message_of([(number, BYTES, place) for number in (1, 2, 5, 7, 36, 53, 54)])
+        normalizer = message_of([(1, BYTES, place), (6, BYTES, place)])
+        model = byte_model + message_of([(TRAINER, BYTES, trainer), (NORMALIZER, BYTES, normalizer)])
+        path = tmp_path / "run" / "x.model"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(model)
+        subprocess.run(
+            [sys.executable, "-c", READ_TOKENIZER, str(path)],
+            env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT)},
+            cwd=path.parent,
+            timeout=60,
+            check=True,
+        )
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["escaped", "run", "x.model"]
 
 
 def test_a_text_or_ids_that_a_model_cannot_take_are_an_error(demo_tokenizer, byte_model, tmp_path):
