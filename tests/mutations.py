@@ -77,7 +77,7 @@ def mutate(data: bytes, generator: np.random.Generator) -> bytes:
 def refused_or_right(
     read: Callable[[], T], is_right: Callable[[T], bool], error: type[GolfError], named: str = ""
 ) -> bool:
-    """Whether `read` gives a result, which must then be right; it may only fail with `error`, in one line.
+    """Whether `read` gives a result, which must then be right; it may only fail with `error`, in one short line.
 
     Args:
         named: what the line must name, such as the file.
@@ -86,7 +86,8 @@ def refused_or_right(
         result = read()
     except error as refusal:
         assert named in str(refusal), refusal
-        assert "\n" not in str(refusal), refusal
+        assert str(refusal).isprintable(), refusal
+        assert len(str(refusal)) < 1000, refusal
         return False
     assert is_right(result)
     return True

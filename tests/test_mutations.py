@@ -43,9 +43,11 @@ def test_only_the_named_error_in_one_line_or_the_right_result_passes() -> None:
 
     assert outcome(lambda: 3)
     assert not outcome(lambda: fail(DataError("file: damaged")))
-    for wrong in (lambda: 4, lambda: fail(DataError("who?")), lambda: fail(DataError("file:\ntwo lines"))):
+    for message in ("who?", "file:\ntwo lines", "file: \x1b[2J", "file" * 1000):
         with pytest.raises(AssertionError):
-            outcome(wrong)
+            outcome(lambda message=message: fail(DataError(message)))
+    with pytest.raises(AssertionError):
+        outcome(lambda: 4)
     for error in (ArtifactError("file"), ValueError("file"), MemoryError()):
         with pytest.raises(type(error)):
             outcome(lambda error=error: fail(error))

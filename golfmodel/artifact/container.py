@@ -23,7 +23,7 @@ from torch import Tensor
 from golfmodel.artifact.frame import compress, content_limit, decompress
 from golfmodel.artifact.stored import CODE_LIMIT, VALUE_DTYPE, StoredTensor
 from golfmodel.model.parameters import Storage
-from golfmodel.runtime.bounded import read_bounded
+from golfmodel.runtime.bounded import printable, read_bounded
 from golfmodel.runtime.errors import ArtifactError
 from golfmodel.runtime.files import write_bytes
 
@@ -101,7 +101,7 @@ def decode_artifact(data: bytes, source: str) -> Artifact:
     try:
         flat = safetensors.torch.load(blob)
     except Exception as error:
-        raise ArtifactError(f"{source}: damaged safetensors content: {error}") from error
+        raise ArtifactError(f"{source}: damaged safetensors content: {printable(error)}") from error
     config = _json_object(metadata["config"], "config", source)
     tensors = _assembled(_checked_schemes(metadata["schemes"], source), flat, source)
     if metadata["digest"] != _content_digest(metadata, flat):

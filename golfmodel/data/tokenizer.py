@@ -11,7 +11,7 @@ import numpy as np
 import sentencepiece
 
 from golfmodel.data.model_proto import check_model
-from golfmodel.runtime.bounded import read_bounded
+from golfmodel.runtime.bounded import printable, read_bounded
 from golfmodel.runtime.errors import DataError
 
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
@@ -62,7 +62,7 @@ class Tokenizer:
             self._bytes_V, self._leading_space_V, self._hides_space_V = self._tables()
         except (RuntimeError, ValueError, OSError, IndexError) as error:
             raise DataError(
-                f"{path} (TOKENIZER_PATH) is not a SentencePiece model, or is damaged: {_printable(error)}"
+                f"{path} (TOKENIZER_PATH) is not a SentencePiece model, or is damaged: {printable(error)}"
             ) from error
         if vocab_size is not None and vocab_size != self.vocab_size:
             raise DataError(
@@ -92,7 +92,7 @@ class Tokenizer:
             return self._processor.encode(text)
         except (RuntimeError, ValueError) as error:
             raise DataError(
-                f"the tokenizer {self.path} (TOKENIZER_PATH) cannot encode a text: {_printable(error)}"
+                f"the tokenizer {self.path} (TOKENIZER_PATH) cannot encode a text: {printable(error)}"
             ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -105,7 +105,7 @@ class Tokenizer:
             return self._processor.decode([int(token) for token in ids])
         except (RuntimeError, ValueError) as error:
             raise DataError(
-                f"the tokenizer {self.path} (TOKENIZER_PATH) makes no text of ids: {_printable(error)}"
+                f"the tokenizer {self.path} (TOKENIZER_PATH) makes no text of ids: {printable(error)}"
             ) from error
 
     def target_bytes(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -151,8 +151,3 @@ def _require_sound_library() -> None:
             f"sentencepiece {version} is installed, which a damaged tokenizer crashes; it must be {oldest} or newer: "
             f"pip install 'sentencepiece>={oldest}'"
         )
-
-
-def _printable(error: Exception) -> str:
-    """The library's message, which quotes what the file says, in one line of 200 characters at most."""
-    return "".join(letter if letter.isprintable() else "?" for letter in str(error))[:200]

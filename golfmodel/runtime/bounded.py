@@ -1,4 +1,4 @@
-"""Reading a file that may be anything."""
+"""Reading a file that may be anything, and quoting it."""
 
 from __future__ import annotations
 
@@ -37,3 +37,8 @@ def read_bounded(path: str | Path, max_bytes: int, what: str, error: type[GolfEr
     if len(data) > status.st_size:
         raise error(f"{path}: grew beyond {status.st_size:,} bytes while it was read; expected {what}")
     return data
+
+
+def printable(error: Exception) -> str:
+    """What a library says of a file, which may quote it, in one line of 200 characters at most."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(error))[:200]

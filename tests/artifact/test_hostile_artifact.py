@@ -162,6 +162,7 @@ def test_a_foreign_blob_in_a_sound_frame_is_named(blob: bytes, message: str) -> 
         {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
         {"dtype": "Q7", "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "Q\n\x1b[2J" * 1000, "shape": [1], "data_offsets": [0, 4]},
         {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]},
         {"dtype": "F32"},
@@ -170,6 +171,8 @@ def test_a_foreign_blob_in_a_sound_frame_is_named(blob: bytes, message: str) -> 
     ],
 )
 def test_a_false_tensor_entry_is_refused(entry: object, forgery: Forgery) -> None:
-    forgery.header_extra["zzz"] = entry
-    with pytest.raises(ArtifactError, match=r"^model: "):
+    forgery.header_extra["zzz\n\x1b"] = entry
+    with pytest.raises(ArtifactError, match=r"^model: ") as caught:
         decode_artifact(forgery.sign().file(), "model")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
