@@ -17,7 +17,7 @@ setup(
         "torch>=2.9",
         "triton>=3.5; platform_system == 'Linux'",
         "numpy>=1.26",
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.2",
         "zstandard>=0.22",
         "safetensors>=0.4.3",
         "tqdm>=4.64",

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
@@ -232,12 +233,15 @@ class Config:
         """
         known = {each.name: each for each in fields(Config) if each.metadata["in_artifact"]}
         if values.keys() != known.keys():
-            odd = sorted(values.keys() ^ known.keys())
-            raise ConfigError(f"the stored config lacks or adds options: {', '.join(odd)}")
+            odd = ", ".join(map(reprlib.repr, sorted(values.keys() ^ known.keys())[:5]))
+            raise ConfigError(f"the stored config lacks or adds options: {odd}")
         for name, each in known.items():
             if type(values[name]).__name__ != each.type:
-                raise ConfigError(f"the stored {name.upper()} is {values[name]!r}: must be of type {each.type}")
-        return Config(**values)
+                value = reprlib.repr(values[name])
+                raise ConfigError(f"the stored {name.upper()} is {value}: must be of type {each.type}")
+        # How a batch was cut into rows is no part of a model; a batch of one row fits every length of a row.
+        length = values["train_seq_len"]
+        return Config(**values, train_batch_tokens=length, micro_batch_tokens=length)
 
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -396,7 +400,8 @@ def _check_value(each: dataclasses.Field[Any], value: Any) -> None:
     if type(value).__name__ != each.type:
         raise ConfigError(f"{_label(each.name)} is {value!r}: must be of type {each.type}")
     if limits["choices"] and value not in limits["choices"]:
-        raise ConfigError(f"{_label(each.name)} is {value!r}: must be one of {', '.join(limits['choices'])}")
+        valid = ", ".join(limits["choices"])
+        raise ConfigError(f"{_label(each.name)} is {reprlib.repr(value)}: must be one of {valid}")
     if isinstance(value, str):
         return
     if isinstance(value, float) and not math.isfinite(value):

@@ -15,7 +15,7 @@ from golfmodel.config import Config
 from golfmodel.data.tokenizer import Tokenizer
 from golfmodel.model.gpt import GPT
 from golfmodel.runtime.distributed import process_group
-from golfmodel.runtime.errors import ConfigError, front_door
+from golfmodel.runtime.errors import ArtifactError, ConfigError, front_door
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for bytes that are not yet a whole character
 
@@ -42,12 +42,17 @@ def sample_tokens(
         temperature: at least 0.
         top_k: at least 0.
         generator: on the model's device; fixes the draw.
+
+    Raises:
+        ArtifactError: the logits are not finite, as weights of a foreign artifact can make them.
     """
     device = next(model.parameters()).device
     tokens = list(prompt)
     for _ in range(count):
         window = torch.tensor([tokens[-model.config.train_seq_len :]], device=device)
         logits_V = model.logits(window)[0, -1]
+        if not bool(logits_V.isfinite().all()):
+            raise ArtifactError("the model's logits are not finite: its weights are too large for what it computes")
         if temperature == 0:
             token = int(logits_V.argmax())
         else:

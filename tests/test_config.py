@@ -283,6 +283,13 @@ def test_artifact_fields_round_trip_through_json():
     assert rebuilt.document_boundaries
 
 
+@pytest.mark.parametrize("length", [2, 1000, 2**17])
+def test_artifact_fields_of_any_row_length_round_trip(length):
+    """Whatever batch they were trained with: the default one is neither 1,000s nor as long as the longest row."""
+    config = Config(train_seq_len=length, train_batch_tokens=100 * length, micro_batch_tokens=length)
+    assert Config.from_artifact_fields(config.artifact_fields()).artifact_fields() == config.artifact_fields()
+
+
 def test_artifact_fields_hold_what_rebuilds_and_scores_a_model():
     assert ARTIFACT_FIELDS.keys() == {
         *("num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "vocab_size", "tie_embeddings"),
@@ -290,6 +297,20 @@ def test_artifact_fields_hold_what_rebuilds_and_scores_a_model():
         *("compute_dtype", "embed_storage"),
         *("train_seq_len", "val_batch_size", "eval_seq_len", "eval_stride"),
     }
+
+
+def test_no_text_in_an_artifact_can_be_a_path():
+    texts = [each for each in dataclasses.fields(Config) if each.metadata["in_artifact"] and each.type == "str"]
+    assert {each.name for each in texts} == {"compute_dtype", "embed_storage"}
+    assert all(each.metadata["choices"] for each in texts)
+
+
+@pytest.mark.parametrize(
+    "run_id", ["..", "../x", "x/../../y", "/abs", "a/b", "a\\b", ".x", "-x", "a\0", "a\n", "a b", "~", "é"]
+)
+def test_no_run_leaves_the_directory_of_runs(run_id):
+    with pytest.raises(ConfigError, match="RUN_ID"):
+        resolve([], {"RUN_ID": run_id})
 
 
 @pytest.mark.parametrize("name", ARTIFACT_FIELDS)
@@ -336,6 +357,24 @@ def test_an_extra_artifact_field_is_named(name):
 def test_a_hostile_artifact_field_is_a_config_error(name, value):
     with pytest.raises(ConfigError, match=name.upper()):
         Config.from_artifact_fields({**ARTIFACT_FIELDS, name: value})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"\n\x1b[2J" * 1000: 1},
+        {f"option{number}": 1 for number in range(1000)},
+        {"num_layers": "\n" * 10**5},
+        {"num_layers": [["\n"] * 1000] * 1000},
+        {"compute_dtype": "\n\x1b" * 10**5},
+    ],
+    ids=["a name", "names", "a text for a number", "lists for a number", "a choice"],
+)
+def test_what_a_hostile_artifact_says_stays_in_one_short_line(changes):
+    with pytest.raises(ConfigError) as caught:
+        Config.from_artifact_fields({**ARTIFACT_FIELDS, **changes})
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
 
 
 JSON_VALUES = st.recursive(

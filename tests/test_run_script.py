@@ -99,3 +99,18 @@ def test_the_packages_of_a_reused_virtual_environment_are_seen(checkout):
         check=True,
     )
     assert found.stdout.split() == [str(checkout / ".venv"), torch.__version__]
+
+
+def test_a_library_that_damaged_files_crash_is_not_reused(checkout):
+    site = checkout / "site"
+    for version, name in (("0.2.1", "sentencepiece"), ("0.1", "tqdm")):
+        (site / f"{name}-{version}.dist-info").mkdir(parents=True)
+        (site / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    (site / "pip").mkdir()
+    (site / "pip" / "__init__.py").touch()
+    (site / "pip" / "__main__.py").touch()
+    python = fake_python(checkout, f'case "$*" in -) exit 0 ;; *) exec {sys.executable} "$@" ;; esac')
+    result = run(checkout, "setup", PYTHON=python, PYTHONPATH=str(site))
+    assert result.returncode == 0, result.stderr
+    assert "installing sentencepiece==" in result.stdout
+    assert "tqdm" not in result.stdout

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from golfmodel.artifact.container import write_artifact
 from golfmodel.artifact.readback import pack_model
 from golfmodel.config import Config
 from golfmodel.model.gpt import GPT
+from golfmodel.runtime.errors import ArtifactError
 from golfmodel.runtime.versions import PROJECT_ROOT
 
 
@@ -37,6 +39,17 @@ def test_the_likeliest_token_each_time_at_temperature_zero(model):
         assert token == int(model.logits(torch.tensor([tokens]))[0, -1].argmax())
         tokens.append(token)
     assert len(tokens) == 23
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_weights_that_make_no_numbers_are_an_error(model, temperature):
+    """As fp32 parameters of an artifact may be: each is finite."""
+    overflowing = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in overflowing.parameters():
+            parameter.fill_(3e38)
+    with pytest.raises(ArtifactError, match="logits are not finite"):
+        draw(overflowing, [1, 50], temperature=temperature)
 
 
 def test_draws_follow_the_seed_and_top_k(model):

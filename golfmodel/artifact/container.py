@@ -20,10 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from golfmodel.artifact.bounded import read_bounded
-from golfmodel.artifact.frame import compress, decompress
+from golfmodel.artifact.frame import compress, content_limit, decompress
 from golfmodel.artifact.stored import CODE_LIMIT, VALUE_DTYPE, StoredTensor
 from golfmodel.model.parameters import Storage
+from golfmodel.runtime.bounded import printable, read_bounded
 from golfmodel.runtime.errors import ArtifactError
 from golfmodel.runtime.files import write_bytes
 
@@ -69,7 +69,7 @@ def read_artifact(path: str | Path) -> Artifact:
     Raises:
         ArtifactError: the file is missing, too large, damaged, foreign or inconsistent; says which.
     """
-    return decode_artifact(read_bounded(path, MAX_FILE_BYTES, "an artifact"), str(path))
+    return decode_artifact(read_bounded(path, MAX_FILE_BYTES, "an artifact", ArtifactError), str(path))
 
 
 def encode_artifact(artifact: Artifact, *, show_progress: bool = False) -> bytes:
@@ -78,7 +78,13 @@ def encode_artifact(artifact: Artifact, *, show_progress: bool = False) -> bytes
     Raises:
         ArtifactError: the artifact breaks a rule that a reader checks.
     """
-    data = compress(_blob(artifact), show_progress=show_progress)
+    blob = _blob(artifact)
+    data = compress(blob, show_progress=show_progress)
+    if len(blob) > content_limit(len(data)):
+        raise ArtifactError(
+            f"{len(blob):,} bytes compress to {len(data):,}, of which a reader accepts {content_limit(len(data)):,}; "
+            "the weights of a trained model are not that uniform"
+        )
     if len(data) > MAX_FILE_BYTES:
         raise ArtifactError(f"the artifact takes {len(data):,} bytes; a reader accepts {MAX_FILE_BYTES:,}")
     return data
@@ -95,7 +101,7 @@ def decode_artifact(data: bytes, source: str) -> Artifact:
     try:
         flat = safetensors.torch.load(blob)
     except Exception as error:
-        raise ArtifactError(f"{source}: damaged safetensors content: {error}") from error
+        raise ArtifactError(f"{source}: damaged safetensors content: {printable(error)}") from error
     config = _json_object(metadata["config"], "config", source)
     tensors = _assembled(_checked_schemes(metadata["schemes"], source), flat, source)
     if metadata["digest"] != _content_digest(metadata, flat):

@@ -9,6 +9,8 @@ from golfmodel.runtime.progress import Progress
 
 LEVEL = 22
 MAX_CONTENT_BYTES = 128 * 2**20
+# What a small file may hold: weights compress two- or threefold, all-zero ones 20,000-fold.
+SMALL_CONTENT_BYTES, MAX_RATIO = 2**20, 256
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _COMPRESS_STEP = 2**18
 # zstd makes at most 128 KiB of every 4 bytes, so that one step makes at most 32 MiB.
@@ -39,10 +41,15 @@ def compress(content: bytes, *, show_progress: bool = False) -> bytes:
     return b"".join(pieces)
 
 
+def content_limit(frame_bytes: int) -> int:
+    """How many bytes of content a frame of so many bytes may hold, so that memory grows with the file."""
+    return min(SMALL_CONTENT_BYTES + MAX_RATIO * frame_bytes, MAX_CONTENT_BYTES)
+
+
 def decompress(frame: bytes, source: str) -> bytes:
     """The content of `frame`, which must be one whole frame as `compress` writes it and nothing else.
 
-    Memory grows with the output made, not with the size declared, to a few times `MAX_CONTENT_BYTES` at most.
+    Memory grows with the output made, not with the size declared, to a few times `content_limit` at most.
 
     Raises:
         ArtifactError: not a zstd frame, no declared size or checksum, too large, damaged, cut short, or
@@ -85,5 +92,10 @@ def _declared_size(frame: bytes, source: str) -> int:
         raise ArtifactError(
             f"{source}: the zstd frame declares {header.content_size:,} bytes of content and a window of "
             f"{header.window_size:,}; the limit of either is {MAX_CONTENT_BYTES:,}"
+        )
+    if header.content_size > content_limit(len(frame)):
+        raise ArtifactError(
+            f"{source}: the zstd frame declares {header.content_size:,} bytes of content, more than a file of "
+            f"{len(frame):,} bytes may hold: {content_limit(len(frame)):,}"
         )
     return header.content_size

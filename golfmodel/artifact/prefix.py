@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from golfmodel.artifact.bounded import read_bounded
 from golfmodel.artifact.prefix_codec import WRITING_CODECS, decode_prefix, encode_prefix
 from golfmodel.data.shards import find_shards, open_shard
+from golfmodel.runtime.bounded import read_bounded
 from golfmodel.runtime.errors import ArtifactError, front_door
 from golfmodel.runtime.files import write_bytes
 from golfmodel.runtime.progress import Progress
@@ -40,7 +40,7 @@ def load_prefix(path: str | Path, codec: str, targets_N: np.ndarray) -> np.ndarr
     """
     targets_N = np.asarray(targets_N)
     # A codec adds little to two bytes a token; a file far beyond that cannot be a prefix of this text.
-    blob = read_bounded(path, 4 * len(targets_N) + 2**16, "a prefix of this text")
+    blob = read_bounded(path, 4 * len(targets_N) + 2**16, "a prefix of this text", ArtifactError)
     try:
         tokens = decode_prefix(blob, codec, len(targets_N))
     except ArtifactError as error:

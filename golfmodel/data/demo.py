@@ -23,6 +23,7 @@ import sentencepiece
 
 from golfmodel.data.shards import write_shard
 from golfmodel.data.tokenizer import SPACE, Tokenizer
+from golfmodel.runtime.bounded import read_bounded
 from golfmodel.runtime.errors import DataError
 from golfmodel.runtime.files import write_bytes, write_json
 from golfmodel.runtime.progress import Progress
@@ -31,6 +32,7 @@ DEMO_DIRECTORY = Path("data/demo")
 DEMO_TOKENIZER = "demo_1024_bpe.model"
 DEMO_SUMMARY = "corpus.json"
 DEMO_VOCAB_SIZE = 1024
+_MAX_SUMMARY_BYTES = 2**16
 _TRAIN_SHARDS = ("demo_train_000000.bin", "demo_train_000001.bin")
 _VALIDATION_SHARD = "demo_val_000000.bin"
 
@@ -235,10 +237,11 @@ def _describe(documents: Sequence[Document], encoded: Sequence[np.ndarray]) -> d
 def _existing(directory: Path) -> dict[str, Any] | None:
     """The summary of the corpus in `directory`, if it is whole and what this program would build."""
     try:
-        summary = json.loads((directory / DEMO_SUMMARY).read_text())
+        summary = json.loads(read_bounded(directory / DEMO_SUMMARY, _MAX_SUMMARY_BYTES, "a summary", DataError))
         same = (summary["recipe"], summary["python"]) == (_RECIPE, platform.python_version())
-        whole = summary["sha256"] == _digests(directory)
-    except (OSError, ValueError, KeyError, TypeError):
+        counts = [summary[split][what] for split in ("train", "val") for what in ("files", "bytes", "tokens")]
+        whole = all(type(count) is int for count in counts) and summary["sha256"] == _digests(directory)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return summary if same and whole else None
 

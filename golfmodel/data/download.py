@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib
 import json
+import reprlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from golfmodel.data.shards import check_token_ids, open_shard
 from golfmodel.data.tokenizer import Tokenizer
+from golfmodel.runtime.bounded import read_bounded
 from golfmodel.runtime.errors import ConfigError, DataError, StorageError
 from golfmodel.runtime.progress import Progress
 
@@ -26,6 +28,8 @@ DEFAULT_DIRECTORY = Path("data")
 _REMOTE_ROOT = "datasets"  # the folder of the repository that is laid out as the local directory is
 _MANIFEST = "manifest.json"
 _STAGING = ".download"
+_MAX_MANIFEST_BYTES = 2**20
+_MAX_SHARDS = 10_000  # of 200 MB each, 2 TB
 _STORAGE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 
 # Takes a path in the repository, a local directory and whether to ignore what is there; returns the local file, which
@@ -193,11 +197,19 @@ class _Hub:
 
 def _shard_counts(manifest_path: Path) -> tuple[int, int]:
     """How many training and validation shards a manifest lists for the data set."""
+    content = read_bounded(manifest_path, _MAX_MANIFEST_BYTES, "a manifest", DataError)
     try:
-        manifest: Any = json.loads(manifest_path.read_text())
+        manifest: Any = json.loads(content)
         stats = next(entry["stats"] for entry in manifest["datasets"] if entry["name"] == DATASET)
-        return int(stats["files_train"]), int(stats["files_val"])
+        counts = stats["files_train"], stats["files_val"]
     except StopIteration:
         raise DataError(f"the manifest {manifest_path} lists no data set named {DATASET}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"the manifest {manifest_path} cannot be read: {type(error).__name__}: {error}") from error
+    for count in counts:
+        if type(count) is not int or not 0 <= count <= _MAX_SHARDS:
+            raise DataError(
+                f"the manifest {manifest_path} lists {reprlib.repr(count)} files of {DATASET}; "
+                f"it may be 0 to {_MAX_SHARDS}"
+            )
+    return counts

@@ -63,11 +63,13 @@ def open_shard(path: str | Path) -> np.ndarray:
     """Opens a shard as a read-only, memory-mapped uint16 array `[tokens]`.
 
     Raises:
-        DataError: the file is missing or unreadable, shorter than its header, has another magic number or
-            version, or holds another number of bytes than its header says.
+        DataError: the file is missing, unreadable or no regular file (a pipe would block), shorter than its
+            header, has another magic number or version, or holds another number of bytes than its header says.
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"shard {path} is not a file")
         with path.open("rb") as file:
             head = file.read(HEADER_BYTES)
             actual_bytes = file.seek(0, 2)

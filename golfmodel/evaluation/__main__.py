@@ -36,7 +36,9 @@ def main(arguments: Sequence[str]) -> int:
         stride = config.eval_stride if options.eval_stride is None else options.eval_stride
         if not 0 <= stride <= config.eval_seq_len:
             raise ConfigError(f"--eval-stride is {stride}: must be between 0 and EVAL_SEQ_LEN {config.eval_seq_len}")
-        batch_tokens = config.val_batch_size if options.val_batch_size is None else options.val_batch_size
+        # A foreign artifact may ask for 2^40; more than usual is only scored at a time when the command says so.
+        usual = min(config.val_batch_size, Config.val_batch_size)
+        batch_tokens = usual if options.val_batch_size is None else options.val_batch_size
         if batch_tokens < 1:
             raise ConfigError(f"--val-batch-size is {batch_tokens}: must be at least 1")
         tokenizer = Tokenizer(options.tokenizer_path, config.vocab_size)
@@ -82,7 +84,11 @@ def _parser() -> argparse.ArgumentParser:
         help="the SentencePiece model the artifact was trained with",
     )
     parser.add_argument("--eval-stride", type=int, help="new targets a sliding window; the artifact's if not given")
-    parser.add_argument("--val-batch-size", type=int, help="tokens scored at a time; the artifact's if not given")
+    parser.add_argument(
+        "--val-batch-size",
+        type=int,
+        help=f"tokens scored at a time; the artifact's, at most {Config.val_batch_size:,}, if not given",
+    )
     parser.add_argument("--paid-prefix-file", default="", help="stored validation targets (research only)")
     parser.add_argument("--paid-prefix-codec", default="lzma", choices=CODECS, help="how that file is packed")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")

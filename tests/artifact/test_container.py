@@ -217,6 +217,11 @@ def test_a_file_too_large_to_read_is_not_written(artifact: Artifact, monkeypatch
         patch.setattr(frame, "MAX_CONTENT_BYTES", 1000)
         with pytest.raises(ArtifactError, match="bytes to compress, above the limit of 1,000"):
             encode_artifact(artifact)
+    with monkeypatch.context() as patch:
+        patch.setattr(frame, "SMALL_CONTENT_BYTES", 10)
+        patch.setattr(frame, "MAX_RATIO", 1)
+        with pytest.raises(ArtifactError, match=r"bytes compress to .*, of which a reader accepts .* not that uniform"):
+            encode_artifact(artifact)
     monkeypatch.setattr(container, "MAX_FILE_BYTES", 100)
     with pytest.raises(ArtifactError, match="a reader accepts 100"):
         encode_artifact(artifact)

@@ -94,6 +94,14 @@ def test_a_signed_but_inconsistent_artifact_is_refused(
         decode_artifact(forgery.sign().file(), "model")
 
 
+@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "a/../../b", "..", ".", "a\\b", "a\0b", "~", ""])
+def test_no_name_in_an_artifact_is_a_path(name: str, forgery: Forgery) -> None:
+    forgery.tensors[name] = forgery.tensors.pop(GATE)
+    forgery.schemes(**{GATE: None, name: "fp32"})
+    with pytest.raises(ArtifactError, match="a name is at most 200 letters, digits, dots and underscores"):
+        decode_artifact(forgery.sign().file(), "model")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -129,7 +137,7 @@ def test_what_the_digest_does_not_match_is_refused(change: Callable[[Forgery], o
         (b"\0" * 7, "not a safetensors blob"),
         (b"\xff" * 64, "not a safetensors blob: a header of 18,446,744,073,709,551,615 bytes in 64"),
         ((57).to_bytes(8, "little") + b"{}" + b" " * 54, "a header of 57 bytes in 64"),
-        ((2**20 + 1).to_bytes(8, "little") + b" " * 2**21, "a header of 1,048,577 bytes"),
+        ((2**20 + 1).to_bytes(8, "little") + b" " * (2**20 + 1), "a header of 1,048,577 bytes"),
         (header_and_body(b""), "safetensors header is not JSON"),
         (header_and_body(b"\xff\xfe{"), "safetensors header is not JSON"),
         (header_and_body(b"[" * 100_000), "safetensors header is not JSON"),
@@ -154,6 +162,7 @@ def test_a_foreign_blob_in_a_sound_frame_is_named(blob: bytes, message: str) -> 
         {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
         {"dtype": "Q7", "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "Q\n\x1b[2J" * 1000, "shape": [1], "data_offsets": [0, 4]},
         {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]},
         {"dtype": "F32"},
@@ -162,6 +171,8 @@ def test_a_foreign_blob_in_a_sound_frame_is_named(blob: bytes, message: str) -> 
     ],
 )
 def test_a_false_tensor_entry_is_refused(entry: object, forgery: Forgery) -> None:
-    forgery.header_extra["zzz"] = entry
-    with pytest.raises(ArtifactError, match=r"^model: "):
+    forgery.header_extra["zzz\n\x1b"] = entry
+    with pytest.raises(ArtifactError, match=r"^model: ") as caught:
         decode_artifact(forgery.sign().file(), "model")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500

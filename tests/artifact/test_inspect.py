@@ -57,6 +57,12 @@ def test_parts(name: str, part: str) -> None:
     assert part_of(name) == part
 
 
+def test_a_part_of_zeros_alone_has_its_bytes(artifact: Artifact) -> None:
+    """A table that training never touched, in an artifact that as a whole is not that uniform."""
+    zeros = StoredTensor(Storage.FP32, torch.zeros(2**20))
+    assert bytes_by_part(replace(artifact, tensors={**artifact.tensors, "head.weight": zeros}))["head"] < 1000
+
+
 def test_the_json_adds_up(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(path), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)

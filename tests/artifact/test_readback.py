@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from peak_memory import peak_growth
 
 from golfmodel.artifact.container import Artifact, decode_artifact, encode_artifact
-from golfmodel.artifact.quantize import dequantize_parameters
+from golfmodel.artifact.quantize import dequantize_parameters, quantize_parameters
 from golfmodel.artifact.readback import pack_model, unpack_model
 from golfmodel.artifact.stored import StoredTensor
 from golfmodel.config import Config
@@ -93,3 +94,26 @@ def test_a_config_of_a_giant_takes_no_memory_before_it_is_refused(packed):
     packed.config.update(num_layers=256, model_dim=16384, num_heads=32, num_kv_heads=32)
     with pytest.raises(ArtifactError, match=r"unmatched|shape"):
         unpack_model(packed, CPU)
+
+
+def test_the_longest_rows_in_a_file_of_a_kilobyte_take_bounded_memory(tmp_path):
+    """The rotary tables are as long as the config says, whatever the file holds: 2 x 128 MiB, filled from as much."""
+    sizes = {"num_layers": 1, "model_dim": 512, "num_heads": 1, "num_kv_heads": 1, "mlp_mult": 0.25, "vocab_size": 4}
+    rows = {"train_seq_len": 2**17, "train_batch_tokens": 2**17, "micro_batch_tokens": 2**17}
+    config = Config(**sizes, **rows, bigram_vocab_size=0, compute_dtype="float32")
+    with torch.device("meta"):
+        parameters = exported_parameters(GPT(config))
+    zeros = {name: (torch.zeros(tensor.shape), storage) for name, (tensor, storage) in parameters.items()}
+    artifact = Artifact(config.artifact_fields(), DIGEST, quantize_parameters(zeros))
+    data = encode_artifact(artifact)
+    assert len(data) < 2000
+    (tmp_path / "model.golf").write_bytes(data)
+    growth, said = peak_growth(
+        "import torch\n"
+        "from golfmodel.artifact.container import read_artifact\n"
+        "from golfmodel.artifact.readback import unpack_model",
+        "unpack_model(read_artifact(sys.argv[1]), torch.device('cpu'))",
+        tmp_path / "model.golf",
+    )
+    assert said == "no error"
+    assert growth < 2**30

@@ -113,6 +113,10 @@ def test_a_damaged_or_foreign_corpus_is_built_again(small, tmp_path, capsys):
         lambda: change_summary(python="3.9.0"),
         lambda: change_summary(recipe=0),
         lambda: change_summary(sha256={}),
+        lambda: change_summary(train=None),
+        lambda: change_summary(val={**first["val"], "tokens": "many"}),
+        lambda: (tmp_path / "corpus.json").write_text("[" * 60_000),
+        lambda: (tmp_path / "corpus.json").write_text(json.dumps(first) + " " * 2**16),
     ]
     for damage in damages:
         damage()

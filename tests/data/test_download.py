@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
+from mutations import mutants
 
 from golfmodel.data.__main__ import main
 from golfmodel.data.demo import DEMO_TOKENIZER
@@ -20,6 +21,10 @@ from golfmodel.runtime.errors import ConfigError, DataError, StorageError
 MANIFEST = "datasets/manifest.json"
 MODEL = "datasets/tokenizers/fineweb_1024_bpe.model"
 LOCAL_MODEL = "tokenizers/fineweb_1024_bpe.model"
+
+
+def manifest_of(files: object) -> str:
+    return json.dumps({"datasets": [{"name": "fineweb10B_sp1024", "stats": {"files_train": 3, "files_val": files}}]})
 
 
 def shard(split: str, number: int) -> str:
@@ -148,6 +153,14 @@ def test_more_shards_than_there_are(hub, out):
         ("[]", "cannot be read: TypeError"),
         ('{"datasets": []}', "lists no data set named fineweb10B_sp1024"),
         ('{"datasets": [{"name": "fineweb10B_sp1024"}]}', "cannot be read: KeyError: 'stats'"),
+        ("[" * 100_000, "cannot be read: RecursionError"),
+        (" " * (2**20 + 1), "a manifest has at most 1,048,576"),
+        (manifest_of(10**12), "lists 1000000000000 files of fineweb10B_sp1024; it may be 0 to 10000"),
+        (manifest_of(-1), "lists -1 files"),
+        (manifest_of(float("inf")), "lists inf files"),
+        (manifest_of(float("nan")), "lists nan files"),
+        (manifest_of(True), "lists True files"),
+        (manifest_of("x" * 10**5), r"lists 'x+\.\.\.x+' files"),
     ],
 )
 def test_a_manifest_that_cannot_be_used(hub, out, manifest, message):
@@ -226,3 +239,27 @@ def test_the_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(DataError, match=r"huggingface_hub, which is not installed; .*pip install '\.\[data\]'"):
         hub_fetcher("x/y")
+
+
+def test_no_mutation_of_the_manifest_asks_for_other_files(hub, out):
+    """Names in it become no paths: what is asked for is the manifest, and the tokenizer once that one is read."""
+    manifest = (hub.root / MANIFEST).read_bytes()
+    accepted = 0
+    for mutant in mutants("download manifest", manifest, manifest.replace(b"sp_bpe_1024", b"../../../escaped")):
+        asked = []
+
+        def fetch(path: str, directory: Path, again: bool) -> Path:
+            asked.append(path)  # noqa: B023
+            if path != MANIFEST:
+                raise ConnectionError
+            place = directory / "manifest.json"
+            place.write_bytes(mutant)  # noqa: B023
+            return place
+
+        with pytest.raises(DataError) as caught:
+            download_fineweb(out, train_shards=0, fetch=fetch)
+        assert "\n" not in str(caught.value)
+        assert asked in ([MANIFEST], [MANIFEST, MODEL])
+        accepted += len(asked) - 1
+    assert accepted > 10
+    assert files_in(out) == [".download/manifest.json"]

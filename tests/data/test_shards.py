@@ -1,5 +1,6 @@
 """Shards: the format byte for byte, and every way a file can be wrong."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -72,11 +73,16 @@ def test_a_damaged_shard_is_named(path, content, message):
     assert str(path) in str(caught.value)
 
 
-def test_a_missing_shard_and_a_directory(tmp_path):
+def test_a_missing_shard(tmp_path):
     with pytest.raises(DataError, match=r"cannot read shard .*gone_train_0\.bin: No such file"):
         open_shard(tmp_path / "gone_train_0.bin")
-    with pytest.raises(DataError, match="Is a directory"):
-        open_shard(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_shard_that_is_no_file_is_refused_at_once(path, make):
+    make(path)
+    with pytest.raises(DataError, match=r"shard .*text_train_000000\.bin is not a file"):
+        open_shard(path)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,22 @@
 """The tokenizer: exact round trips, and byte counts equal to decoding and measuring."""
 
 import hashlib
-import io
-import random
-import struct
-from pathlib import Path
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak_memory import peak_growth
+from protobuf import BYTES, NORMALIZER, TRAINER, message_of, piece_field
 
 from golfmodel.data.demo import read_standard_library, split_documents, standard_library
-from golfmodel.data.tokenizer import Tokenizer
+from golfmodel.data.tokenizer import MAX_MODEL_BYTES, Tokenizer
 from golfmodel.runtime.errors import DataError
+from golfmodel.runtime.versions import PROJECT_ROOT
 
 HARD_TEXTS = [
     "",
@@ -28,35 +30,11 @@ HARD_TEXTS = [
     "e\u0301 combining, ﬁ ligature, Ⅷ, ½",
 ]
 
-TINY_CORPUS = ["the cat sat on the mat", "a dog ran at the cat", "the dog sat"] * 4
-
-
-def train(**options) -> bytes:
-    model = io.BytesIO()
-    settings = {"model_type": "bpe", "vocab_size": 40, "num_threads": 1, "minloglevel": 2, **options}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TINY_CORPUS), model_writer=model, **settings)
-    return model.getvalue()
-
-
-def extra_piece(piece: str, kind: int) -> bytes:
-    """A piece as protobuf; appended to a model, it is the model's last."""
-    body = b"\x0a" + bytes([len(piece.encode())]) + piece.encode() + b"\x15" + struct.pack("<f", 0.0)
-    body += b"\x18" + bytes([kind])
-    return b"\x0a" + bytes([len(body)]) + body
-
 
 def document_bytes(tokenizer: Tokenizer, ids: list[int]) -> int:
     """Bytes of the tokens of one document, which begins with BOS."""
     tokens = np.array([tokenizer.bos_id, *ids])
     return int(tokenizer.target_bytes(tokens[:-1], tokens[1:]).sum())
-
-
-@pytest.fixture(scope="module")
-def tiny_model() -> bytes:
-    """Normalises its input, has no byte pieces, and has control and user-defined pieces."""
-    return train(
-        unk_id=3, pad_id=0, bos_id=1, eos_id=2, control_symbols=["<mask>"], user_defined_symbols=["▁of▁the", "x▁▁y"]
-    )
 
 
 @pytest.fixture
@@ -122,7 +100,7 @@ def test_a_model_that_normalises_counts_what_it_decodes(tiny):
 
 def test_the_rule_piece_by_piece(tiny_model, tmp_path):
     path = tmp_path / "extended.model"
-    path.write_bytes(tiny_model + extra_piece("▁nope", 5) + extra_piece("▁é", 1))
+    path.write_bytes(tiny_model + message_of([piece_field("▁nope".encode(), 5), piece_field("▁é".encode())]))
     tokenizer = Tokenizer(path)
     unused, accented = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -161,10 +139,22 @@ def test_another_vocabulary_names_both_options(demo_corpus):
 
 
 def test_a_missing_tokenizer(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read the tokenizer .*gone\.model \(TOKENIZER_PATH\): No such file"):
+    with pytest.raises(DataError, match=r"gone\.model: cannot read a tokenizer: No such file.*; TOKENIZER_PATH names"):
         Tokenizer(tmp_path / "gone.model")
-    with pytest.raises(DataError, match="Is a directory"):
-        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_tokenizer_that_is_no_file_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "x.model")
+    with pytest.raises(DataError, match=r"x\.model: not a file; expected a tokenizer"):
+        Tokenizer(tmp_path / "x.model")
+
+
+def test_an_enormous_tokenizer_is_not_read(tmp_path):
+    with (tmp_path / "x.model").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(DataError, match=r"x\.model: 1,099,511,627,776 bytes; a tokenizer has at most 8,388,608"):
+        Tokenizer(tmp_path / "x.model")
 
 
 @pytest.mark.parametrize("content", [b"", bytes(64), b"not a model at all\n" * 50, b"\x0a\x05hello"])
@@ -174,26 +164,71 @@ def test_a_file_that_is_no_model(tmp_path, content):
         Tokenizer(tmp_path / "x.model")
 
 
-def test_a_damaged_model_is_refused_or_whole(demo_corpus, tmp_path: Path):
-    """Truncated and flipped models either end in `DataError` or still tokenize."""
-    model = (demo_corpus / "demo_1024_bpe.model").read_bytes()
-    rng = random.Random(0)
-    cut = [model[: rng.randrange(len(model))] for _ in range(50)]
-    flipped = []
-    for _ in range(200):
-        damaged = bytearray(model)
-        damaged[rng.randrange(len(model))] ^= 1 << rng.randrange(8)
-        flipped.append(bytes(damaged))
-    outcomes = []
-    for content in cut + flipped:
-        path = tmp_path / "damaged.model"
-        path.write_bytes(content)
-        try:
-            tokenizer = Tokenizer(path, 1024)
-        except DataError:
-            outcomes.append("refused")
-        else:
-            assert len(tokenizer.encode("def f(x): return x")) > 0
-            outcomes.append("read")
-    assert outcomes[:50] == ["refused"] * 50
-    assert set(outcomes) == {"refused", "read"}
+@pytest.mark.parametrize(
+    "unit",
+    [b"\x0a\x00", b"\x12\x00", b"\x08\x00", b"\x22\x02\x0a\x00"],
+    ids=["pieces", "specifications", "integers", "self-tests"],
+)
+def test_the_largest_tokenizer_takes_bounded_memory(byte_model, tmp_path, unit):
+    """Made of the smallest fields there are, empty ones."""
+    path = tmp_path / "x.model"
+    path.write_bytes(byte_model + unit * ((MAX_MODEL_BYTES - len(byte_model)) // len(unit)))
+    growth, said = peak_growth("from golfmodel.data.tokenizer import Tokenizer", "Tokenizer(sys.argv[1])", path)
+    assert said == "no error" or "piece must not be empty" in said
+    assert growth < 50 * MAX_MODEL_BYTES
+
+
+READ_TOKENIZER = """
+import sys
+from golfmodel.data.tokenizer import Tokenizer
+tokenizer = Tokenizer(sys.argv[1])
+assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+"""
+
+
+def test_paths_in_a_tokenizer_are_never_opened(byte_model, tmp_path):
+    """Its specifications name files. Whoever opens the pipe that they name here waits for ever."""
+    os.mkfifo(tmp_path / "escaped")
+    for place in (b"../escaped", bytes(tmp_path / "escaped")):
+        trainer = message_of([(number, BYTES, place) for number in (1, 2, 5, 7, 36, 53, 54)])
+        normalizer = message_of([(1, BYTES, place), (6, BYTES, place)])
+        model = byte_model + message_of([(TRAINER, BYTES, trainer), (NORMALIZER, BYTES, normalizer)])
+        path = tmp_path / "run" / "x.model"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(model)
+        subprocess.run(
+            [sys.executable, "-c", READ_TOKENIZER, str(path)],
+            env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT)},
+            cwd=path.parent,
+            timeout=60,
+            check=True,
+        )
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["escaped", "run", "x.model"]
+
+
+def test_a_text_or_ids_that_a_model_cannot_take_are_an_error(demo_tokenizer, byte_model, tmp_path):
+    with pytest.raises(DataError, match=r"demo_1024_bpe\.model \(TOKENIZER_PATH\) cannot encode a text: "):
+        demo_tokenizer.encode("half a pair \ud800")
+    surface = message_of([(44, BYTES, b"\xff")])
+    (tmp_path / "x.model").write_bytes(byte_model + message_of([(TRAINER, BYTES, surface)]))
+    with pytest.raises(DataError, match=r"x\.model \(TOKENIZER_PATH\) makes no text of ids: .*utf-8"):
+        Tokenizer(tmp_path / "x.model").decode([0])
+
+
+def test_what_a_damaged_model_says_stays_in_one_line(byte_model, tmp_path):
+    noise = b"\n\x1b[2J" + b"x" * 5000
+    (tmp_path / "x.model").write_bytes(byte_model + message_of([piece_field(noise, 6)]))
+    with pytest.raises(DataError, match="is damaged: INTERNAL: byte piece ") as caught:
+        Tokenizer(tmp_path / "x.model")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def test_a_library_that_damaged_models_crash_is_refused(demo_corpus, monkeypatch):
+    for version in ("0.2.2", "0.2.10", "0.3.0", "1.0"):
+        monkeypatch.setattr(sentencepiece, "__version__", version)
+        Tokenizer(demo_corpus / "demo_1024_bpe.model")
+    for version in ("0.1.99", "0.2.1"):
+        monkeypatch.setattr(sentencepiece, "__version__", version)
+        with pytest.raises(DataError, match=rf"sentencepiece {version} is .*pip install 'sentencepiece>=0\.2\.2'"):
+            Tokenizer(demo_corpus / "demo_1024_bpe.model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import pytest
@@ -11,6 +12,7 @@ from golfmodel.artifact.container import write_artifact
 from golfmodel.artifact.readback import pack_model
 from golfmodel.config import Config
 from golfmodel.model.gpt import GPT
+from golfmodel.runtime.errors import GolfError
 
 command = importlib.import_module("golfmodel.evaluation.__main__")
 
@@ -51,3 +53,26 @@ def test_another_tokenizer_is_refused(arguments, demo_tokenizer, tmp_path, capsy
 def test_a_file_that_is_no_artifact_is_refused(arguments, demo_tokenizer, capsys):
     assert command.main([str(demo_tokenizer.path), *arguments[1:]]) == 2
     assert "demo_1024_bpe.model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stored", "extra", "used"),
+    [(4096, [], 4096), (2**40, [], 524_288), (2**40, ["--val-batch-size=600000"], 600_000)],
+)
+def test_an_artifact_cannot_ask_for_any_batch(
+    arguments, tiny_config, demo_tokenizer, tmp_path, monkeypatch, stored, extra, used
+):
+    config = dataclasses.replace(tiny_config, val_batch_size=stored)
+    write_artifact(tmp_path / "model.golf", pack_model(GPT(config), demo_tokenizer.digest))
+    seen = []
+
+    class Stop(GolfError):
+        pass
+
+    def evaluator(*_, batch_tokens: int, **__):
+        seen.append(batch_tokens)
+        raise Stop
+
+    monkeypatch.setattr(command, "Evaluator", evaluator)
+    assert command.main([str(tmp_path / "model.golf"), *arguments[1:], *extra]) == 2
+    assert seen == [used]
