@@ -30,7 +30,7 @@ from kernels.launch import cdiv
 from kernels.reference import NAMED_COEFFICIENTS, Triple
 
 TILE = 128
-START_ROWS = 8  # of a tile that one program copies
+START_ROWS = {"cuda": 8, "cpu": 128}  # of a tile that one program copies; the interpreter is slow to start one
 ALIGNMENT = 8  # elements: every result starts at a multiple of 16 bytes
 KEPT = 64  # plans kept for the next call on matrices of the same shapes
 # Buffers of a matrix: X, X after an update; squares: R, P R, and three that P and the product of all P take in turn.
@@ -217,6 +217,7 @@ class Plan(NamedTuple):
     alignment: int  # a divisor of where every result begins
     workspace: int  # tiles
     results: int  # elements
+    start_rows: int  # of a part
 
 
 @functools.lru_cache(KEPT)
@@ -224,6 +225,7 @@ def plan_of(shapes: tuple[tuple[int, int, int], ...], coefficients: tuple[Triple
     """For batches of so many matrices [M, N], and a triple for each iteration."""
     rows, parts, places, stages, starts = [], [], [], [], []
     workspace = results = 0
+    start_rows = START_ROWS[device.type]
     for batch, M, N in shapes:
         results = cdiv(results, ALIGNMENT) * ALIGNMENT
         starts.append(results)
@@ -231,9 +233,9 @@ def plan_of(shapes: tuple[tuple[int, int, int], ...], coefficients: tuple[Triple
         for _ in range(batch):
             matrix = len(rows)
             place = place_of(M, N, workspace)
-            count = place.rows * place.columns * (TILE // START_ROWS)
+            count = place.rows * place.columns * (TILE // start_rows)
             rows.append([0, M, N, len(parts), count, results, 0])
-            for row in range(0, place.rows * TILE, START_ROWS):
+            for row in range(0, place.rows * TILE, start_rows):
                 first = place.buffer(X[0]) + row // TILE * place.columns
                 parts += [(matrix, row, column * TILE, first + column) for column in range(place.columns)]
             places.append(place)
@@ -253,4 +255,5 @@ def plan_of(shapes: tuple[tuple[int, int, int], ...], coefficients: tuple[Triple
         alignment=math.gcd(ALIGNMENT, *[row[5] for row in rows]),
         workspace=workspace,
         results=results,
+        start_rows=start_rows,
     )

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from kernels.addresses import KeptTables, typed_pointer
 from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
-from kernels.newton_schulz_plan import ALIGNMENT, START_ROWS, TILE, Plan, plan_of
+from kernels.newton_schulz_plan import ALIGNMENT, TILE, Plan, plan_of
 from kernels.reference import Triple
 from kernels.tuning import next_power_of_2
 
@@ -333,7 +333,7 @@ def orthogonalize(
         (parts,),
         (*given, done),
         (plan.counters, number),
-        (nesterov, START_ROWS, TILE, next_power_of_2(cdiv(plan.counters, parts))),
+        (nesterov, plan.start_rows, TILE, next_power_of_2(cdiv(plan.counters, parts))),
         num_warps=2,
     )
     launch(
@@ -341,7 +341,7 @@ def orthogonalize(
         (matrices,),
         (*given, scales),
         (number,),
-        (nesterov, *SAFE_NORMS, START_ROWS, TILE, 128),
+        (nesterov, *SAFE_NORMS, plan.start_rows, TILE, 128),
     )
     launch(
         newton_schulz_kernel,
