@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,10 @@ from golfmodel.config import Config
 from golfmodel.model.parameters import Group, parameter_specs
 from golfmodel.optim.muon import Muon
 from golfmodel.runtime.distributed import Ranks
+
+# What each optimizer keeps for a parameter.
+_MUON_ENTRIES = ("momentum_buffer",)
+_ADAM_ENTRIES = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Optimizers:
@@ -27,6 +31,7 @@ class Optimizers:
         by_group: dict[Group, list[nn.Parameter]] = {group: [] for group in Group}
         for name, parameter in model.named_parameters():
             by_group[specs[name].group].append(parameter)
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._ranks = ranks if ranks is not None and ranks.world_size > 1 else None
         self._matrices = by_group[Group.MATRIX]
         self._others = [p for group, several in by_group.items() if group is not Group.MATRIX for p in several]
@@ -89,6 +94,42 @@ class Optimizers:
         here, everywhere = (_square_of_norm(each, self._ranks.device) for each in (self._matrices, self._others))
         norm = (self._ranks.reduce_sum(here) + everywhere).sqrt()
         torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip_norm, norm, foreach=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state of every parameter that has one, as `<parameter>.<entry>`.
+
+        Over several ranks for all of them together; each gets the whole.
+        """
+        tensors = {}
+        for optimizer in self.all:
+            names = self._names_of(optimizer)
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors.update({f"{names[index]}.{entry}": tensor for entry, tensor in state.items()})
+        return tensors
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes what `state_tensors` gave, on any number of ranks; for all ranks together."""
+        for optimizer, entries in ((self.muon, _MUON_ENTRIES), (self.adam, _ADAM_ENTRIES)):
+            state = {
+                index: {entry: tensors[f"{name}.{entry}"].clone() for entry in entries}
+                for index, name in enumerate(self._names_of(optimizer))
+                if f"{name}.{entries[0]}" in tensors
+            }
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+    def state_shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of everything that `state_tensors` can hold."""
+        shapes = {}
+        for optimizer, entries in ((self.muon, _MUON_ENTRIES), (self.adam, _ADAM_ENTRIES)):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    for entry in entries:
+                        like = (torch.Size(), torch.float32) if entry == "step" else (parameter.shape, parameter.dtype)
+                        shapes[f"{self._names[parameter]}.{entry}"] = like
+        return shapes
+
+    def _names_of(self, optimizer: Optimizer) -> list[str]:
+        return [self._names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
     def reset(self) -> None:
         """Forgets all state, as if no step had been taken."""
