@@ -13,6 +13,7 @@ import torch
 
 from golfmodel.data.shards import find_shards
 from golfmodel.data.streams import InOrderStream, ShuffledWindows, Stream
+from golfmodel.runtime import faults
 from golfmodel.runtime.errors import ConfigError, DataError
 
 Order = Literal["in_order", "shuffled"]
@@ -140,6 +141,7 @@ class _Reader:
             if pin:
                 torch.cuda.set_device(self._device)  # else pinning opens a context on GPU 0 from every rank
             while not self._stopping.is_set():
+                faults.reach("read")
                 inputs_BT, targets_BT = self._stream.read(self._position)
                 batch_2BT = torch.empty((2, *inputs_BT.shape), dtype=torch.int64, pin_memory=pin)
                 host_2BT = batch_2BT.numpy()
@@ -147,6 +149,8 @@ class _Reader:
                 np.copyto(host_2BT[1], targets_BT)
                 self._queue.put(batch_2BT)
                 self._position += self._stream.advance
+        except OSError as error:
+            self._queue.put(DataError(f"cannot read the training shards: {error.strerror or error}"))
         except BaseException as error:
             self._queue.put(error)
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from golfmodel.runtime import faults
 from golfmodel.runtime.errors import StorageError
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -62,6 +63,7 @@ def _whole_or_absent(path: Path) -> Iterator[tuple[int, Path]]:
     temporary = Path(name)
     try:
         yield handle, temporary
+        faults.reach(f"write-{path.name}")
         temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes files private; a result is not
         temporary.replace(path)
         _sync_directory(path.parent)
@@ -76,8 +78,8 @@ def _whole_or_absent(path: Path) -> Iterator[tuple[int, Path]]:
 
 
 def remove_temporaries(directory: str | Path) -> None:
-    """Removes the temporary files that a killed writer left in `directory`; nobody may be writing there."""
-    for path in Path(directory).glob(f".*{TEMPORARY_SUFFIX}"):
+    """Removes the temporary files that a killed writer left below `directory`; nobody may be writing there."""
+    for path in Path(directory).rglob(f".*{TEMPORARY_SUFFIX}"):
         with suppress(OSError):
             path.unlink()
 
