@@ -33,6 +33,10 @@ class CheckpointError(GolfError, ValueError):
     """A checkpoint that is damaged, foreign, or not of this run."""
 
 
+class RankError(GolfError, RuntimeError):
+    """Another rank died, failed or hangs."""
+
+
 class StorageError(GolfError, OSError):
     """A file or directory that cannot be written."""
 
