@@ -117,17 +117,6 @@ class Optimizers:
             }
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
-    def state_shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and dtype of everything that `state_tensors` can hold."""
-        shapes = {}
-        for optimizer, entries in ((self.muon, _MUON_ENTRIES), (self.adam, _ADAM_ENTRIES)):
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    for entry in entries:
-                        like = (torch.Size(), torch.float32) if entry == "step" else (parameter.shape, parameter.dtype)
-                        shapes[f"{self._names[parameter]}.{entry}"] = like
-        return shapes
-
     def _names_of(self, optimizer: Optimizer) -> list[str]:
         return [self._names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -135,6 +124,16 @@ class Optimizers:
         """Forgets all state, as if no step had been taken."""
         for optimizer in self.all:
             optimizer.state.clear()
+
+
+def state_shapes(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of everything that `Optimizers.state_tensors` can hold for a model, on whatever device."""
+    specs, shapes = parameter_specs(model), {}
+    for name, parameter in model.named_parameters():
+        for entry in _MUON_ENTRIES if specs[name].group is Group.MATRIX else _ADAM_ENTRIES:
+            like = (torch.Size(), torch.float32) if entry == "step" else (parameter.shape, parameter.dtype)
+            shapes[f"{name}.{entry}"] = like
+    return shapes
 
 
 def _square_of_norm(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
