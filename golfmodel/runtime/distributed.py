@@ -220,6 +220,8 @@ def process_group(device: str = "auto", environment: Mapping[str, str] = os.envi
         yield Ranks(rank=0, world_size=1, device=place)
         return
     store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=TIMEOUT))
+    # torchrun's store outlives a restart (torch 2.13), and with it the addresses of ranks that are gone.
+    store = dist.PrefixStore(f"start-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=store,
