@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from golfmodel.artifact.container import read_artifact
 from golfmodel.runtime.versions import PROJECT_ROOT
 from golfmodel.training.checkpoint import decode_checkpoint
@@ -39,11 +37,10 @@ def started(
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command += [f"--max-restarts={restarts}"]
-    threads = str(torch.get_num_threads()) if ranks == 1 else "1"
     process = subprocess.Popen(
         [*command, "train.py", *flags(options)],
         cwd=PROJECT_ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": threads, "GOLF_FAULTS": faults, **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GOLF_FAULTS": faults, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

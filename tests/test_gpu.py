@@ -1,4 +1,4 @@
-"""What only a GPU can show: bfloat16 under the compiler, the block-sparse document mask, a whole run."""
+"""What only a GPU can show: bfloat16 under the compiler, the block-sparse document mask, a whole run, its bits."""
 
 from __future__ import annotations
 

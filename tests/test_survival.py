@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+import torch
 from starting import check_nothing_is_half_written, directory_of, ended, result_of, run, started
 
 from golfmodel import pipeline
@@ -26,6 +27,15 @@ def code_files():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(submission, "scoring_files", lambda: files)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes have, since more threads add up in another order; it is also quicker for models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
