@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from golfmodel.model.parameters import exported_parameters
 from golfmodel.runtime import faults, liveness
 from golfmodel.runtime.compiling import compiled
 from golfmodel.runtime.determinism import determinism
-from golfmodel.runtime.distributed import Ranks, process_group, rank_of, runs_on_gpu, world_size_of
+from golfmodel.runtime.distributed import TIMEOUT, Ranks, process_group, rank_of, runs_on_gpu, world_size_of
 from golfmodel.runtime.errors import ConfigError
 from golfmodel.runtime.files import remove_temporaries, write_json
 from golfmodel.runtime.runlog import RunLog, new_run_id
+from golfmodel.runtime.sightings import longest_patience
 from golfmodel.runtime.stopping import Stopped, StopRequest
 from golfmodel.runtime.versions import code_digest, versions
 from golfmodel.runtime.watchdog import Watchdog
@@ -64,13 +66,15 @@ def run(config: Config, environment: Mapping[str, str] = os.environ) -> dict[str
     config.rows_per_micro_batch(world_size_of(environment))
     check_kernels(on_gpu=runs_on_gpu(config.device))
     is_main = rank_of(environment) == 0
+    # the watchdog finds out earlier, and says who
+    patience = max(TIMEOUT, timedelta(seconds=1.2 * longest_patience(config.hang_timeout)))
     with StopRequest(announce=is_main) as stop, determinism(config.deterministic):
         inputs = open_inputs(config)
         start = _choose_start(config, inputs, environment) if is_main else Start(_directory_of(config))
         try:
             with (
                 RunLog(start.directory, enabled=is_main, resume=start.resumes) as log,
-                process_group(config.device, environment) as ranks,
+                process_group(config.device, environment, timeout=patience) as ranks,
                 Watchdog(ranks, stop, config.hang_timeout) as watchdog,
                 open_loader(config, ranks) as loader,
             ):

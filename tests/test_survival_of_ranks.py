@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -44,15 +45,16 @@ def options(tiny_options) -> dict[str, object]:
 
 
 def test_a_stop_that_one_rank_hears_stops_all_and_any_number_goes_on(options, undisturbed):
-    stopped = run(options, ranks=2, faults="term@step:5/1")
+    # rank 0 hears of it within half a second
+    stopped = run(options, ranks=2, faults="term@step:4/1,slow@step:5/1,slow@step:6/1,slow@step:7/1")
     assert stopped.returncode == 0, stopped.stderr[-3000:]
-    assert "after step 5 of 8" in stopped.stdout.splitlines()[-1]
+    [step] = re.findall(r"stopped by SIGTERM on rank 1, after step ([4567]) of 8", stopped.stdout)
     one = {**options, "run_id": "one"}
     shutil.copytree(directory_of(options), directory_of(one))
     assert run({**options, "resume": directory_of(options)}, ranks=2).returncode == 0
     assert result_of(options) == undisturbed
     summary = pipeline.run(Config(**{**one, "resume": "auto"}), {})
-    assert summary["resumed_at_steps"] == [5]
+    assert summary["resumed_at_steps"] == [int(step)]
     assert summary["world_size"] == 1
     assert summary["val_bpb"] == pytest.approx(undisturbed[0], rel=1e-3)  # as two ranks and one do from the start
 

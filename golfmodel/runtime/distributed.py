@@ -151,14 +151,6 @@ class Ranks:
             for parameter in parameters:
                 dist.broadcast(parameter.detach(), src=0)
 
-    def agree_on_largest(self, values: Sequence[float]) -> list[float]:
-        """The elementwise maximum over ranks, exactly, in one message; touches no GPU."""
-        if self.world_size == 1:
-            return list(values)
-        message = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.control)
-        return message.tolist()
-
     def gather_host(self, own_L: Tensor) -> Tensor:
         """The `[L]` of each rank, `[W, L]`, on every rank; of tensors on the host, touching no GPU."""
         if self.world_size == 1:
@@ -195,12 +187,15 @@ class Ranks:
 
 
 @contextmanager
-def process_group(device: str = "auto", environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+def process_group(
+    device: str = "auto", environment: Mapping[str, str] = os.environ, *, timeout: timedelta = TIMEOUT
+) -> Iterator[Ranks]:
     """Joins the ranks that torchrun started and leaves them at the end; one process needs no group.
 
     Args:
         device: "cuda", "cpu", or "auto" for a GPU if there is one.
         environment: where `RANK`, `WORLD_SIZE` and `LOCAL_RANK` stand.
+        timeout: how long ranks wait for each other.
 
     Raises:
         ConfigError: no GPU, or fewer than the ranks on this host, or ranks that are no numbers.
@@ -219,7 +214,7 @@ def process_group(device: str = "auto", environment: Mapping[str, str] = os.envi
     if world_size == 1:
         yield Ranks(rank=0, world_size=1, device=place)
         return
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=TIMEOUT))
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
     # torchrun's store outlives a restart (torch 2.13), and with it the addresses of ranks that are gone.
     store = dist.PrefixStore(f"start-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
@@ -227,10 +222,10 @@ def process_group(device: str = "auto", environment: Mapping[str, str] = os.envi
         store=store,
         rank=rank,
         world_size=world_size,
-        timeout=TIMEOUT,
+        timeout=timeout,
         device_id=place if on_gpu else None,
     )
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else dist.group.WORLD
+    control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
     yield Ranks(rank=rank, world_size=world_size, device=place, control=control, store=store)
     # Not after an error: the other ranks may be waiting inside a collective, and leaving would wait for them. The
     # process ends with its message, and torchrun ends the others.

@@ -12,6 +12,11 @@ SLOW_PHASES = 4  # times as long without progress where graphs are compiled or o
 DONE, FAILED, LOST = "done", "failed", "lost the others"
 
 
+def longest_patience(timeout: float) -> float:
+    """Seconds for which a rank may make no progress where it may be slow, by `HANG_TIMEOUT`."""
+    return SLOW_PHASES * timeout
+
+
 @dataclass
 class _Sighting:
     """A rank's last record, and since when its beat and its signs of progress are the same."""
@@ -70,12 +75,15 @@ class Sightings:
         return f"{self.last_seen(first)} has given no sign of life for {self._quiet(first, now):.0f} s"
 
     def who_hangs(self, now: float) -> str:
-        """The rank furthest behind, if nobody at its place has moved for too long, in words; or empty."""
+        """The rank furthest behind, if nobody at its place has moved for too long, in words; or empty.
+
+        The last one that is there keeps nobody waiting.
+        """
         here = [rank for rank, seen in enumerate(self._of) if seen.record and not seen.left]
         last_place = min((self._of[rank].record["place"] for rank in here), default=None)
         behind = [rank for rank in here if self._of[rank].record["place"] == last_place]
         idle = {rank: now - self._of[rank].progress_at for rank in behind}
-        if not behind or any(idle[rank] <= self._patience(rank) for rank in behind):
+        if len(here) < 2 or any(idle[rank] <= self._patience(rank) for rank in behind):
             return ""
         worst = max(behind, key=lambda rank: idle[rank])
         return f"{self._named(worst)} has made no progress for {idle[worst]:.0f} s"
@@ -99,7 +107,7 @@ class Sightings:
         return now - self._of[rank].beat_at
 
     def _patience(self, rank: int) -> float:
-        return self._timeout * (SLOW_PHASES if self._of[rank].record["slow"] else 1)
+        return longest_patience(self._timeout) if self._of[rank].record["slow"] else self._timeout
 
     def _named(self, rank: int) -> str:
         record = self._of[rank].record

@@ -131,7 +131,7 @@ class Trainer:
             Stopped: someone asked for a stop; a checkpoint of the last step is written.
             StorageError: someone did, and it cannot be written.
         """
-        liveness.enter("training", slow=False)
+        liveness.enter("training", slow=self.config.warmup_steps == 0)
         with self._stop.at_step_ends() if self._stop is not None else nullcontext():
             step = self._first_step if self._ended else self._steps()
             self._ended = True
@@ -199,20 +199,16 @@ class Trainer:
         return total
 
     def _agree(self, step: int) -> tuple[float, float, bool, bool]:
-        """What all ranks have to decide alike, in one message between hosts.
+        """What all ranks have to do alike, as rank 0 sees it, in one message between hosts.
 
         Returns:
-            rank 0's training time; its forecast of the next step's end; whether it wants a checkpoint; whether someone
-            asked any rank to stop.
+            its training time; its forecast of the next step's end; whether a checkpoint is due; whether to stop, of
+            which the watchdog tells rank 0 where it was another rank that was asked.
         """
-        stop = float(self._stop is not None and bool(self._stop.requested))
-        if not self.ranks.is_main:
-            ours = [0.0, 0.0, 0.0, stop]
-        else:
-            seconds = self._clock.seconds
-            due = self._checkpoints is not None and self._checkpoints.due(step, seconds)
-            ours = [seconds, self._clock.end_of_next_step(), float(due), stop]
-        elapsed, end, save, stop = self.ranks.agree_on_largest(ours)
+        seconds = self._clock.seconds
+        save = self.ranks.is_main and self._checkpoints is not None and self._checkpoints.due(step, seconds)
+        stop = self._stop is not None and self._stop.requested != ""
+        elapsed, end, save, stop = self.ranks.broadcast_numbers([seconds, self._clock.end_of_next_step(), save, stop])
         return elapsed, end, bool(save), bool(stop)
 
     def _save(self, step: int) -> None:
@@ -235,13 +231,14 @@ class Trainer:
 
     def _stop_here(self, step: int) -> None:
         assert self._stop is not None
-        self._stop.request("a signal on another rank")  # this rank may not have heard of it yet
+        self._stop.request("rank 0")  # which may have heard of it first
         self._clock.pause()
         self._check_finite()
         if self._checkpoints is not None:
             if step:
                 self._save(step)
             self._checkpoints.wait(insist=True)
+        self.log.event("stopped", step=step, by=self._stop.requested)
         raise Stopped(f"after step {step} of {self.config.iterations}")
 
     def _status(self, step: int, elapsed: float) -> tuple[int, dict[str, str]]:

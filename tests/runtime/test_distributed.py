@@ -55,7 +55,6 @@ def speak(ranks: Ranks) -> dict[str, Any]:
         "sum": ranks.reduce_sum(counts).tolist(),
         "min": ranks.reduce_min(counts).tolist(),
         "untouched": counts.tolist(),
-        "largest": ranks.agree_on_largest([EXACT, -1.0] if ranks.is_main else [0.0, -0.5]),
         "gathered": ranks.gather_host(torch.tensor([ranks.rank, 7], dtype=torch.uint8)).tolist(),
         "number": ranks.broadcast_number(EXACT if ranks.is_main else -1.0),
         "bytes": hashlib.sha256(ranks.broadcast_bytes(MEGABYTE if ranks.is_main else None)).hexdigest(),
@@ -125,10 +124,6 @@ def test_a_number_arrives_exactly(results):
     assert [result["number"] for result in results] == [EXACT, EXACT]
 
 
-def test_the_largest_of_each_number_arrives_exactly(results):
-    assert [result["largest"] for result in results] == [[EXACT, -0.5]] * 2
-
-
 def test_every_rank_gets_what_each_has_on_its_host(results):
     assert [result["gathered"] for result in results] == [[[0, 7], [1, 7]]] * 2
 
@@ -161,7 +156,6 @@ def test_one_rank_needs_no_group_and_changes_nothing():
         assert ranks.reduce_sum(tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
         assert ranks.reduce_min(tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
         assert ranks.broadcast_number(EXACT) == EXACT
-        assert ranks.agree_on_largest([EXACT]) == [EXACT]
         assert ranks.gather_host(torch.tensor([3])).tolist() == [[3]]
         assert ranks.broadcast_bytes(b"") == b""
 

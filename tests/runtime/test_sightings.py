@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from golfmodel.runtime import liveness
 from golfmodel.runtime.sightings import DONE, FAILED, LOST, SLOW_PHASES, Sightings
 
 LIMIT = 10.0
@@ -50,7 +51,8 @@ class Others:
 
 
 @pytest.fixture
-def others() -> Others:
+def others(monkeypatch) -> Others:
+    monkeypatch.setattr(liveness, "_now", liveness.Position())  # other tests have gone places
     return Others()
 
 
@@ -93,6 +95,12 @@ def test_of_ranks_at_one_place_the_one_that_moved_least(others):
     assert others.verdict().startswith("rank 2")
 
 
+def test_a_silent_one_was_where_this_one_is_now(others, monkeypatch):
+    monkeypatch.setattr(liveness, "_now", liveness.Position(stage=1, step=9, phase="training"))
+    others.go_on(11, silent=(2,))
+    assert others.verdict().startswith("rank 2 on host host2 (step 9, training) has given no sign of life")
+
+
 def test_nobody_hangs_while_the_last_one_moves(others):
     """As when one rank writes the artifact and the others wait at the same place or a later one."""
     others.records[2]["place"] = [2, 0, 0]
@@ -120,6 +128,13 @@ def test_one_that_failed_gets_a_moment_to_end_the_others_by_itself(others):
 def test_those_that_left_are_not_missed(others, how):
     others.records[1]["left"] = how
     others.go_on(100, silent=(1,))
+    assert others.verdict() == ""
+
+
+def test_the_last_one_there_takes_the_time_it_needs(others):
+    for rank in (1, 2):
+        others.records[rank]["left"] = DONE
+    others.go_on(1000, idle=(0,))
     assert others.verdict() == ""
 
 
