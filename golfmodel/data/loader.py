@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import reprlib
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from golfmodel.runtime.errors import ConfigError, DataError
 
 Order = Literal["in_order", "shuffled"]
 PREFETCH_MICRO_BATCHES = 4
+MAX_POSITION = 2**60  # leaves room in 64 bits for what is added to it
 
 
 class Loader:
@@ -82,8 +84,10 @@ class Loader:
             if theirs != ours:
                 raise DataError(f"the saved data position does not fit this run: {_difference(name, theirs, ours)}")
         position = state.get("position")
-        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
-            raise DataError(f"the saved data position is {position!r}; it must be an integer >= 0")
+        if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position <= MAX_POSITION:
+            raise DataError(
+                f"the saved data position is {reprlib.repr(position)}; it must be an integer from 0 to {MAX_POSITION}"
+            )
         self._stop_reader()
         self._position = position
 

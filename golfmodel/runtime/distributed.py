@@ -195,7 +195,7 @@ def process_group(
     Args:
         device: "cuda", "cpu", or "auto" for a GPU if there is one.
         environment: where `RANK`, `WORLD_SIZE` and `LOCAL_RANK` stand.
-        timeout: how long ranks wait for each other.
+        timeout: how long a rank waits for another in a collective.
 
     Raises:
         ConfigError: no GPU, or fewer than the ranks on this host, or ranks that are no numbers.
@@ -214,7 +214,7 @@ def process_group(
     if world_size == 1:
         yield Ranks(rank=0, world_size=1, device=place)
         return
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=TIMEOUT))
     # torchrun's store outlives a restart (torch 2.13), and with it the addresses of ranks that are gone.
     store = dist.PrefixStore(f"start-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(

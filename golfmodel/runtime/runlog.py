@@ -127,12 +127,12 @@ def _is_cut_off(path: Path) -> bool:
 
 
 def read_events(path: str | Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """The events of a log, all or those of one kind; a line that was cut off is passed over."""
-    with Path(path).open(encoding="utf-8") as file:
+    """The events of a log, all or those of one kind; what is no event, as a line that was cut off, is passed over."""
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 event = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if kind is None or event.get("event") == kind:
+            if isinstance(event, dict) and (kind is None or event.get("event") == kind):
                 yield event

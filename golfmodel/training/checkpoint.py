@@ -177,6 +177,9 @@ def _checked_state(text: str, source: str) -> RunState:
     for name, rule in rules.items():
         if not rule(values[name]):
             raise CheckpointError(f"{source}: {name} is {reprlib.repr(values[name])}, which no checkpoint holds")
+    step, seconds = values["last_logged"]
+    if step > values["step"] or seconds > values["train_seconds"]:
+        raise CheckpointError(f"{source}: last_logged is {[step, seconds]}, after the step that the checkpoint is of")
     values["last_logged"], values["resumed_at"] = tuple(values["last_logged"]), tuple(values["resumed_at"])
     return RunState(**values)
 

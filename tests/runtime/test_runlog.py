@@ -42,6 +42,14 @@ def test_a_line_that_was_cut_off_is_passed_over(tmp_path):
     assert [event["step"] for event in read_events(log.path)] == [1]
 
 
+def test_what_is_no_event_is_passed_over(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.event("train", step=1)
+    with log.path.open("ab") as file:
+        file.write(b"[1]\n7\n\xff\xfe\n" + b"[" * 100_000 + b"\n" + b'{"event": "train", "step": 2}\n')
+    assert [event["step"] for event in read_events(log.path)] == [1, 2]
+
+
 def test_an_existing_run_is_refused_and_kept(tmp_path):
     with RunLog(tmp_path / "one") as log:
         log.event("start")

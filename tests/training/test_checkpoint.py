@@ -103,6 +103,8 @@ def test_any_byte_changed_in_any_way_of_eight(path):
         {"train_seconds": -0.5},
         {"ended": 0},
         {"last_logged": [1]},
+        {"last_logged": [301, 1.0]},
+        {"last_logged": [300, 28.8]},
         {"averaged_copies": 1.0},
         {"batches": []},
         {"resumed_at": [None]},
