@@ -18,7 +18,7 @@ from golfmodel.optim.groups import Optimizers
 from golfmodel.runtime.distributed import Ranks
 from golfmodel.runtime.errors import CheckpointError, ConfigError
 from golfmodel.runtime.runlog import RunLog
-from golfmodel.training.checkpoint import Checkpoint, write_checkpoint
+from golfmodel.training.checkpoint import Checkpoint, decode_checkpoint, write_checkpoint
 from golfmodel.training.checkpointing import checkpoint_path
 from golfmodel.training.resume import choose_start, launcher_of
 from golfmodel.training.snapshot import Expected, Training
@@ -147,6 +147,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(config, choos
     said = capsys.readouterr().err
     assert "step-00000015.safetensors: damaged" in said
     assert "step-00000010.safetensors: not a checkpoint" in said
+
+
+def test_a_checkpoint_that_is_not_of_this_model_is_named_too(config, choose, capsys):
+    directory = a_run(config, "one", steps=[5, 10])
+    whole = decode_checkpoint(checkpoint_path(directory, 10).read_bytes(), "it")
+    del whole.tensors["weight/input.token.weight"]
+    write_checkpoint(checkpoint_path(directory, 10), whole)
+    assert choose(resume="auto").checkpoint.state.step == 5
+    assert "step-00000010.safetensors: its tensors are not this model's" in capsys.readouterr().err
 
 
 def test_no_run_is_begun_again_because_all_its_checkpoints_are_damaged(config, choose):
