@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,22 @@ from golfmodel.runtime.determinism import determinism
 from golfmodel.runtime.distributed import TIMEOUT, Ranks, process_group, rank_of, runs_on_gpu, world_size_of
 from golfmodel.runtime.errors import ConfigError
 from golfmodel.runtime.files import remove_temporaries, write_json
-from golfmodel.runtime.runlog import RunLog, new_run_id
+from golfmodel.runtime.runlog import RunLog
 from golfmodel.runtime.sightings import longest_patience
 from golfmodel.runtime.stopping import Stopped, StopRequest
-from golfmodel.runtime.versions import code_digest, versions
+from golfmodel.runtime.versions import versions
 from golfmodel.runtime.watchdog import Watchdog
-from golfmodel.training.checkpoint import Checkpoint, RunState, decode_checkpoint
+from golfmodel.training.checkpoint import Checkpoint
 from golfmodel.training.checkpointing import Checkpoints, checkpoints_in
-from golfmodel.training.resume import CONFIG_NAME, SUMMARY_NAME, Start, choose_start, launcher_of
-from golfmodel.training.snapshot import Expected
+from golfmodel.training.resume import (
+    CONFIG_NAME,
+    SUMMARY_NAME,
+    Start,
+    choose_start,
+    directory_of,
+    first_state,
+    launcher_of,
+)
 from golfmodel.training.trainer import Trainer, TrainingResult
 from kernels import dispatch
 
@@ -52,6 +59,11 @@ class Inputs:
     tokenizer: Tokenizer
     text: ValidationText
     prefix_targets: int
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What a resumed run must find the same."""
+        return {"tokenizer": self.tokenizer.digest, "validation text": self.text.digest}
 
 
 def run(config: Config, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -70,7 +82,7 @@ def run(config: Config, environment: Mapping[str, str] = os.environ) -> dict[str
     patience = max(TIMEOUT, timedelta(seconds=1.2 * longest_patience(config.hang_timeout)))
     with StopRequest(announce=is_main) as stop, determinism(config.deterministic):
         inputs = open_inputs(config)
-        start = _choose_start(config, inputs, environment) if is_main else Start(_directory_of(config))
+        start = choose_start(config, environment, inputs.digests) if is_main else Start(directory_of(config))
         try:
             with (
                 RunLog(start.directory, enabled=is_main, resume=start.resumes) as log,
@@ -98,8 +110,14 @@ def _run(
 ) -> dict[str, Any]:
     """What `run` does once ranks, log and data are there."""
     found = versions() if ranks.is_main else {}
-    checkpoint = _shared(start, ranks)
-    first = _first_state(config, inputs, loader, ranks, checkpoint)
+    checkpoint = start.shared(ranks)
+    first = first_state(
+        checkpoint,
+        config=config,
+        inputs=inputs.digests,
+        world_size=ranks.world_size,
+        batches=loader.state_dict(),
+    )
     if ranks.is_main:
         where = {"config": config.to_dict(), "world_size": ranks.world_size, "versions": found, "launcher": launcher}
         if start.resumes:
@@ -122,8 +140,8 @@ def _run(
         stride=config.eval_stride,
         batch_tokens=config.val_batch_size,
     )
-    checkpoints = Checkpoints(config, log, ranks.device, first)
-    model, result, scores = _train(config, loader, ranks, log, evaluator, checkpoints, checkpoint, stop)
+    with Checkpoints(config, log, ranks.device, first) as checkpoints:
+        model, result, scores = _train(config, loader, ranks, log, evaluator, checkpoints, checkpoint, stop)
     path = start.directory / ARTIFACT_NAME
     artifact, artifact_scores = _export(config, model, inputs, ranks, evaluator, path)
     scores.update(artifact_scores)
@@ -145,54 +163,6 @@ def _run(
         print(f"\nartifact: {path}", flush=True)
         print(f"report: {report.draw(start.directory)}", flush=True)
     return summary
-
-
-def _directory_of(config: Config) -> Path:
-    return Path(config.runs_dir) / (config.run_id or new_run_id())
-
-
-def _digests(inputs: Inputs) -> dict[str, str]:
-    return {"tokenizer": inputs.tokenizer.digest, "validation text": inputs.text.digest}
-
-
-def _choose_start(config: Config, inputs: Inputs, environment: Mapping[str, str]) -> Start:
-    with torch.device("meta"):
-        expected = Expected(GPT(config))
-    return choose_start(config, environment, expected, _digests(inputs))
-
-
-def _shared(start: Start, ranks: Ranks) -> Checkpoint | None:
-    """Rank 0's checkpoint, on every rank; files are on its host alone."""
-    data = ranks.broadcast_bytes(start.data if ranks.is_main else None)
-    if ranks.is_main or not data:
-        return start.checkpoint
-    return decode_checkpoint(data, "the checkpoint that rank 0 read")
-
-
-def _first_state(
-    config: Config, inputs: Inputs, loader: Loader, ranks: Ranks, checkpoint: Checkpoint | None
-) -> RunState:
-    """Where this process takes the run up."""
-    here = {
-        "world_size": ranks.world_size,
-        "config": config.to_dict(),
-        "inputs": _digests(inputs),
-        "code": code_digest(),
-    }
-    if checkpoint is not None:
-        resumed_at = (*checkpoint.state.resumed_at, checkpoint.state.step)
-        return replace(checkpoint.state, resumed_at=resumed_at, **here)
-    return RunState(
-        step=0,
-        train_seconds=0.0,
-        slowest_step=0.0,
-        ended=False,
-        last_logged=(0, 0.0),
-        averaged_copies=0,
-        batches=loader.state_dict(),
-        resumed_at=(),
-        **here,
-    )
 
 
 def _leave(directory: Path, stop: StopRequest, watchdog: Watchdog, *, is_main: bool) -> int:

@@ -89,7 +89,7 @@ def test_torchrun_restarts_and_the_run_goes_on(options, undisturbed, fault, name
 
 def test_a_rank_that_hangs_is_named_and_ends_the_run(options):
     began = time.monotonic()
-    result = run({**options, "hang_timeout": 3}, ranks=2, faults="hang@step:5/1")
+    result = run({**options, "hang_timeout": 5}, ranks=2, faults="hang@step:5/1")
     assert result.returncode != 0
     assert f"rank 1 on host {HOST} (step 5, training) has made no progress" in result.stderr
     assert time.monotonic() - began < 60
@@ -103,7 +103,7 @@ def test_a_stopped_rank_that_keeps_the_store_is_named_without_a_launcher(options
         port = probe.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, "train.py", *flags({**options, "hang_timeout": 3})],
+            [sys.executable, "train.py", *flags({**options, "hang_timeout": 5})],
             cwd=PROJECT_ROOT,
             env={
                 **os.environ,
@@ -132,7 +132,7 @@ def test_a_stopped_rank_that_keeps_the_store_is_named_without_a_launcher(options
 
 
 def test_a_launcher_that_is_killed_leaves_no_orphans(options):
-    endless = {**options, "iterations": 10**6, "hang_timeout": 3, "val_loss_every": 0}
+    endless = {**options, "iterations": 10**6, "hang_timeout": 5, "val_loss_every": 0}
     with started(endless, ranks=2) as process:
         while not process.stdout.readline().startswith("step:3/"):
             assert process.poll() is None

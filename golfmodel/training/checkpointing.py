@@ -43,6 +43,8 @@ def _step_of(path: Path) -> int:
 class Checkpoints:
     """Writes a run's checkpoints, on rank 0; one that cannot be written is a warning and an event of the log.
 
+    As a context it waits for the last one at the end, whatever the end is.
+
     Args:
         config: `CHECKPOINT_SECONDS`, `CHECKPOINT_EVERY`, `CHECKPOINTS_KEPT`.
         log: of the run, in whose directory they lie.
@@ -56,6 +58,12 @@ class Checkpoints:
         self._writer = BackgroundWriter(device, self._finished)
         self._last_step, self._last_seconds = start.step, start.train_seconds
         self._started, self._held = 0.0, 0.0
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
 
     @property
     def wanted(self) -> bool:

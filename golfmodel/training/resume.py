@@ -8,14 +8,19 @@ import socket
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from golfmodel.config import Config
+from golfmodel.model.gpt import GPT
+from golfmodel.runtime.distributed import Ranks
 from golfmodel.runtime.errors import CheckpointError, ConfigError
 from golfmodel.runtime.runlog import LOG_NAME, is_at_work, new_run_id, read_events
-from golfmodel.training.checkpoint import Checkpoint, decode_checkpoint, read_checkpoint_bytes
+from golfmodel.runtime.versions import code_digest
+from golfmodel.training.checkpoint import Checkpoint, RunState, decode_checkpoint, read_checkpoint_bytes
 from golfmodel.training.checkpointing import DIRECTORY_NAME, checkpoints_in
 from golfmodel.training.snapshot import Expected
 
@@ -42,6 +47,13 @@ class Start:
     data: bytes = b""
     checkpoint: Checkpoint | None = None
 
+    def shared(self, ranks: Ranks) -> Checkpoint | None:
+        """Rank 0's checkpoint, on every rank; files are on its host alone."""
+        data = ranks.broadcast_bytes(self.data if ranks.is_main else None)
+        if ranks.is_main or not data:
+            return self.checkpoint
+        return decode_checkpoint(data, "the checkpoint that rank 0 read")
+
 
 def launcher_of(environment: Mapping[str, str]) -> str:
     """What stays the same over torchrun's restarts of one job, and is another for another job; empty without it."""
@@ -56,13 +68,15 @@ def was_restarted(environment: Mapping[str, str]) -> bool:
     return environment.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
-def choose_start(
-    config: Config, environment: Mapping[str, str], expected: Expected, inputs: Mapping[str, str]
-) -> Start:
+def directory_of(config: Config) -> Path:
+    """Of a run that begins."""
+    return Path(config.runs_dir) / (config.run_id or new_run_id())
+
+
+def choose_start(config: Config, environment: Mapping[str, str], inputs: Mapping[str, str]) -> Start:
     """What `RESUME`, `RUN_ID` and torchrun ask for; rank 0's choice is everyone's. Says on stdout what it chose.
 
     Args:
-        expected: what this run's checkpoints hold.
         inputs: digests of the files that this run reads, by what they are.
 
     Raises:
@@ -78,7 +92,7 @@ def choose_start(
     elif config.resume == AUTO or was_restarted(environment):
         directory = _found(config, environment)
     if directory is None:
-        fresh = Path(config.runs_dir) / (config.run_id or new_run_id())
+        fresh = directory_of(config)
         if config.resume == AUTO:
             print(f"no unfinished run of this config in {config.runs_dir}: starting {fresh}", flush=True)
         return Start(fresh)
@@ -86,6 +100,8 @@ def choose_start(
         raise ConfigError(f"the run {directory} is finished: there is nothing to go on with; choose another RUN_ID")
     _refuse(directory, config.differences(_config_of(directory) or config.to_dict()))
     start = Start(directory, resumes=True)
+    with torch.device("meta"):
+        expected = Expected(GPT(config))
     paths = [only] if only is not None else checkpoints_in(directory)
     for path in paths:
         try:
@@ -102,6 +118,32 @@ def choose_start(
         break
     _say(start)
     return start
+
+
+def first_state(
+    checkpoint: Checkpoint | None,
+    *,
+    config: Config,
+    inputs: Mapping[str, str],
+    world_size: int,
+    batches: dict[str, Any],
+) -> RunState:
+    """Where this process takes a run up: after a checkpoint, or at its beginning, with the loader at `batches`."""
+    here = {"world_size": world_size, "config": config.to_dict(), "inputs": dict(inputs), "code": code_digest()}
+    if checkpoint is not None:
+        resumed_at = (*checkpoint.state.resumed_at, checkpoint.state.step)
+        return replace(checkpoint.state, resumed_at=resumed_at, **here)
+    return RunState(
+        step=0,
+        train_seconds=0.0,
+        slowest_step=0.0,
+        ended=False,
+        last_logged=(0, 0.0),
+        averaged_copies=0,
+        batches=batches,
+        resumed_at=(),
+        **here,
+    )
 
 
 def _named(path: Path) -> tuple[Path, Path | None]:

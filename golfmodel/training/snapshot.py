@@ -53,7 +53,8 @@ class Training:
             **_prefixed(STATE, state),
             **_prefixed(MEAN, means),
         }
-        return {**{name: tensor.clone() for name, tensor in live.items()}, **random}
+        copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in live.items()}
+        return {**copies, **random}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts everything back, on any number of ranks; for all ranks together.

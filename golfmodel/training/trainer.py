@@ -124,21 +124,23 @@ class Trainer:
         self._last_logged = state.last_logged
 
     def train(self) -> TrainingResult:
-        """Steps until `ITERATIONS` or the time limit, whichever comes first.
+        """Steps until `ITERATIONS` or the time limit, whichever comes first; none where a checkpoint says it is over.
 
         Raises:
             TrainingError: the loss stopped being finite; says at which step.
             Stopped: someone asked for a stop; a checkpoint of the last step is written.
             StorageError: someone did, and it cannot be written.
         """
-        liveness.enter("training", slow=self.config.warmup_steps == 0)
-        with self._stop.at_step_ends() if self._stop is not None else nullcontext():
-            step = self._first_step if self._ended else self._steps()
-            self._ended = True
-            self._check_finite()
-            if self._checkpoints is not None and self._checkpoints.wanted:
-                self._save(step)
-                self._checkpoints.wait()
+        step = self._first_step
+        if not self._ended:
+            liveness.enter("training", slow=self.config.warmup_steps == 0)
+            with self._stop.at_step_ends() if self._stop is not None else nullcontext():
+                step = self._steps()
+                self._check_finite()
+                self._ended = True
+                if self._checkpoints is not None and self._checkpoints.wanted:
+                    self._save(step)
+                    self._checkpoints.wait()
         return TrainingResult(
             steps=step,
             seconds=self._clock.seconds,

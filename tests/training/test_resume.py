@@ -20,8 +20,8 @@ from golfmodel.runtime.errors import CheckpointError, ConfigError
 from golfmodel.runtime.runlog import RunLog
 from golfmodel.training.checkpoint import Checkpoint, decode_checkpoint, write_checkpoint
 from golfmodel.training.checkpointing import checkpoint_path
-from golfmodel.training.resume import choose_start, launcher_of
-from golfmodel.training.snapshot import Expected, Training
+from golfmodel.training.resume import choose_start, first_state, launcher_of
+from golfmodel.training.snapshot import Training
 
 RANKS = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 INPUTS = {"tokenizer": "a" * 64, "validation text": "b" * 64}
@@ -40,7 +40,7 @@ def choose(config):
 
     def run(environment: dict[str, str] | None = None, inputs: dict[str, str] = INPUTS, **changes: object):
         changed = dataclasses.replace(config, **changes)
-        return choose_start(changed, environment or {}, Expected(GPT(changed)), inputs)
+        return choose_start(changed, environment or {}, inputs)
 
     return run
 
@@ -211,3 +211,14 @@ def test_launchers_without_a_name_are_told_apart():
     assert launcher_of({}) == ""
     assert launcher_of(LAUNCHED) == "job-1"
     assert launcher_of({"TORCHELASTIC_RUN_ID": "none"}).endswith(f":{os.getppid()}")
+
+
+def test_a_run_knows_where_it_was_taken_up(config):
+    here = {"config": config, "inputs": INPUTS, "world_size": 2, "batches": {"position": 3}}
+    first = first_state(None, **here)
+    assert (first.step, first.resumed_at, first.batches, first.world_size) == (0, (), {"position": 3}, 2)
+    saved = a_state(config, step=7, train_seconds=5.0, resumed_at=(2,), batches={"position": 9}, code="1" * 64)
+    state = first_state(Checkpoint(saved, {}), **here)
+    assert (state.step, state.train_seconds, state.resumed_at, state.batches) == (7, 5.0, (2, 7), {"position": 9})
+    assert state.code == first.code != saved.code
+    assert state.world_size == 2
