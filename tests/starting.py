@@ -13,9 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from golfmodel.artifact.container import read_artifact
 from golfmodel.runtime.versions import PROJECT_ROOT
 from golfmodel.training.checkpoint import decode_checkpoint
+from golfmodel.training.checkpointing import checkpoints_in
 
 DEADLINE = 240
 
@@ -75,6 +78,21 @@ def result_of(options: dict[str, Any]) -> tuple[float, str]:
     directory = directory_of(options)
     summary = json.loads((directory / "summary.json").read_text())
     return summary["val_bpb"], hashlib.sha256((directory / "model.golf").read_bytes()).hexdigest()
+
+
+def last_tensors_of(options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights, optimizer state, averages and random states at the end of training; empty without checkpoints."""
+    for path in checkpoints_in(directory_of(options)):
+        return decode_checkpoint(path.read_bytes(), str(path)).tensors
+    return {}
+
+
+def check_same(options: dict[str, Any], undisturbed: dict[str, Any]) -> None:
+    """The run of `options` ended as the undisturbed one, to the bit."""
+    assert result_of(options) == result_of(undisturbed)
+    ours, theirs = last_tensors_of(options), last_tensors_of(undisturbed)
+    assert not ours or ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 def check_nothing_is_half_written(options: dict[str, Any]) -> None:

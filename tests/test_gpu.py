@@ -19,8 +19,6 @@ from golfmodel.model.gpt import GPT
 from golfmodel.runtime.compiling import compiled
 from golfmodel.runtime.runlog import read_events
 from golfmodel.runtime.versions import PROJECT_ROOT
-from golfmodel.training.checkpoint import decode_checkpoint
-from golfmodel.training.checkpointing import checkpoints_in
 
 pytestmark = pytest.mark.gpu
 
@@ -194,14 +192,9 @@ def test_deterministic_twice_and_stopped_and_resumed_give_the_same_bits(config, 
     result = starting.run({**runs["stopped"], "resume": "auto"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert "after step 17, " in result.stdout
-    assert starting.result_of(runs["one"]) == starting.result_of(runs["another"])
-    assert starting.result_of(runs["one"]) == starting.result_of(runs["stopped"])
-    first, last = (
-        decode_checkpoint(checkpoints_in(starting.directory_of(runs[name]))[0].read_bytes(), name).tensors
-        for name in ("one", "stopped")
-    )
-    assert first.keys() == last.keys()
-    assert [name for name in first if not torch.equal(first[name], last[name])] == []
+    starting.check_same(runs["another"], runs["one"])
+    starting.check_same(runs["stopped"], runs["one"])
+    assert starting.last_tensors_of(runs["stopped"])
 
 
 def test_checkpoints_cost_less_than_a_hundredth_of_the_training(config):

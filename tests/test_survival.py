@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from starting import check_nothing_is_half_written, directory_of, ended, result_of, run, started
+from starting import check_nothing_is_half_written, check_same, directory_of, ended, run, started
 
 from golfmodel import pipeline
 from golfmodel.artifact import submission
@@ -39,11 +39,11 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_options_of, tmp_path_factory) -> tuple[float, str]:
-    """Score and artifact of a run that nothing happens to."""
+def undisturbed(tiny_options_of, tmp_path_factory) -> dict[str, object]:
+    """The options of a run that nothing happens to."""
     options = {**tiny_options_of(tmp_path_factory.mktemp("undisturbed")), **DETERMINISTIC}
     pipeline.run(Config(**options), {})
-    return result_of(options)
+    return options
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def resumed_at(options) -> list[int]:
 
 def test_two_processes_give_the_same_bits(options, undisturbed):
     assert run(options).returncode == 0
-    assert result_of(options) == undisturbed
+    check_same(options, undisturbed)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_killed(options, undisturbed, fault, step):
     check_nothing_is_half_written(options)
     steps = resumed_at(options)
     assert step is None or steps == [step]
-    assert result_of(options) == undisturbed
+    check_same(options, undisturbed)
     assert not list(directory_of(options).rglob(".*")), "what the killed process left half-written is gone"
 
 
@@ -95,7 +95,7 @@ def test_asked_to_stop(options, undisturbed):
     line = f"stopped by SIGTERM, after step 5 of 8; go on with the same command and --resume {directory_of(options)}"
     assert result.stdout.splitlines()[-1] == line
     assert resumed_at(options) == [5]
-    assert result_of(options) == undisturbed
+    check_same(options, undisturbed)
     log = [(event["event"], event.get("step")) for event in read_events(directory_of(options) / "log.jsonl")]
     assert [step for kind, step in log if kind == "train"] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert ("resume", 5) in log
@@ -106,7 +106,7 @@ def test_asked_to_stop_when_training_is_over(options, undisturbed):
     assert result.returncode == 0
     assert "stopped by SIGINT, its newest checkpoint is step-00000008.safetensors" in result.stdout
     assert resumed_at(options) == [8]
-    assert result_of(options) == undisturbed
+    check_same(options, undisturbed)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_failed(options, undisturbed, happen, fault, kind, what):
     check_nothing_is_half_written(options)
     happen("")
     assert resumed_at(options) > [0]
-    assert result_of(options) == undisturbed
+    check_same(options, undisturbed)
 
 
 @pytest.mark.parametrize("fault", ["full@write-step-*:*", "full@write-step-00000004.safetensors", "slow@read:*"])
@@ -132,7 +132,7 @@ def test_not_even_stopped(options, undisturbed, happen, monkeypatch, fault):
     monkeypatch.setattr(faults, "SLOW_SECONDS", 0.05)
     happen(fault)
     pipeline.run(Config(**options), {})
-    assert result_of(options) == undisturbed
+    check_same(options, undisturbed)
     happened = [event for event in read_events(directory_of(options) / "log.jsonl", "checkpoint") if event["problem"]]
     assert bool(happened) == fault.startswith("full")
     assert all("No space left" in event["problem"] for event in happened)
@@ -155,7 +155,7 @@ def test_a_shard_that_is_cut_short_under_a_run(options, undisturbed, tiny_corpus
     for path, data in shards.items():
         path.write_bytes(data)
     resumed_at(options)
-    assert result_of(options) == undisturbed
+    check_same(options, undisturbed)
 
 
 def test_another_recipe_is_refused_and_the_run_stays_as_it_is(options, undisturbed):
@@ -167,4 +167,4 @@ def test_another_recipe_is_refused_and_the_run_stays_as_it_is(options, undisturb
     directory_of(options).rename(moved)
     options["runs_dir"] = str(moved.parent)
     assert resumed_at({**options, "micro_batch_tokens": 512, "train_log_every": 3, "val_loss_every": 0}) == [3]
-    assert result_of(options) == undisturbed
+    check_same(options, undisturbed)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from starting import check_nothing_is_half_written, directory_of, flags, result_of, run, started
+from starting import check_nothing_is_half_written, check_same, directory_of, flags, result_of, run, started
 
 from golfmodel import pipeline
 from golfmodel.config import Config
@@ -32,11 +32,11 @@ HOST = socket.gethostname()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_options_of, tmp_path_factory) -> tuple[float, str]:
-    """Score and artifact of two ranks that nothing happens to."""
+def undisturbed(tiny_options_of, tmp_path_factory) -> dict[str, object]:
+    """The options of two ranks that nothing happens to."""
     options = {**tiny_options_of(tmp_path_factory.mktemp("undisturbed")), **DETERMINISTIC}
     assert run(options, ranks=2).returncode == 0
-    return result_of(options)
+    return options
 
 
 @pytest.fixture
@@ -52,11 +52,13 @@ def test_a_stop_that_one_rank_hears_stops_all_and_any_number_goes_on(options, un
     one = {**options, "run_id": "one"}
     shutil.copytree(directory_of(options), directory_of(one))
     assert run({**options, "resume": directory_of(options)}, ranks=2).returncode == 0
-    assert result_of(options) == undisturbed
+    check_same(options, undisturbed)
     summary = pipeline.run(Config(**{**one, "resume": "auto"}), {})
     assert summary["resumed_at_steps"] == [int(step)]
     assert summary["world_size"] == 1
-    assert summary["val_bpb"] == pytest.approx(undisturbed[0], rel=1e-3)  # as two ranks and one do from the start
+    assert summary["val_bpb"] == pytest.approx(
+        result_of(undisturbed)[0], rel=1e-3
+    )  # as two ranks and one do from the start
 
 
 def test_a_stop_that_one_rank_hears_while_scoring_ends_all(options):
@@ -80,7 +82,7 @@ def test_torchrun_restarts_and_the_run_goes_on(options, undisturbed, fault, name
     assert named in result.stderr
     [directory] = Path(str(options["runs_dir"])).iterdir()
     options["run_id"] = directory.name
-    assert result_of(options) == undisturbed
+    check_same(options, undisturbed)
     [resumed] = read_events(directory / "log.jsonl", "resume")
     # a checkpoint may have been skipped while the one before it was written
     assert resumed["step"] in (0, 2, 4, 6)

@@ -43,6 +43,7 @@ class StopRequest:
         self.requested = ""  # by what
         self.farewell: Callable[[], int] = lambda: 0
         self._announce = announce
+        self._heard = False
         self._interrupts = 0
         self._state = threading.Condition()
         self._at_step_ends = False
@@ -55,11 +56,12 @@ class StopRequest:
     def request(self, by: str) -> None:
         """Asks for a stop; `by` says who does, such as a signal's name."""
         with self._state:
-            if self.requested:
+            self.requested = self.requested or by
+            if self._heard:
                 return
-            self.requested = by
-            if self._announce:
-                print(f"{by}: stopping", file=sys.stderr, flush=True)
+            self._heard = True
+        if self._announce:
+            print(f"{self.requested}: stopping", file=sys.stderr, flush=True)
         threading.Thread(target=self._see_to_it, name="stop", daemon=True).start()
 
     @contextmanager
@@ -82,7 +84,7 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
             receiver, sender = self._ears = socket.socketpair()
             sender.setblocking(False)
-            self._before = [signal.signal(number, lambda *_: None) for number in SIGNALS]
+            self._before = [signal.signal(number, self._note) for number in SIGNALS]
             self._before.append(signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False))
             threading.Thread(target=self._listen, args=(receiver,), name="signals", daemon=True).start()
         return self
@@ -98,6 +100,11 @@ class StopRequest:
             for number, handler in zip(SIGNALS, self._before, strict=True):
                 signal.signal(number, handler)
             self._ears[1].close()
+
+    def _note(self, number: int, _: object) -> None:
+        """In the main thread, between two of its operations: the step that it is in is its last. The rest is for the
+        thread that listens."""
+        self.requested = self.requested or signal.Signals(number).name
 
     def _listen(self, receiver: socket.socket) -> None:
         with receiver:

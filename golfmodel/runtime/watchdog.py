@@ -25,6 +25,7 @@ from golfmodel.runtime.stopping import Stopped, StopRequest
 ALREADY_ENDING = 5.0  # seconds in which to find out who died, where something has shown that someone did
 DEAD = 0.6  # of that: the silence that tells
 STATUS = 1
+ADVICE = "this run ends; --resume goes on from its newest checkpoint"
 
 
 class Watchdog:
@@ -81,7 +82,7 @@ class Watchdog:
         else:
             self._leave(LOST)
             if blamed := self._wait_for_who_ended():
-                raise RankError(blamed) from error
+                raise RankError(f"{blamed}; {ADVICE}") from error
             if self._stop.requested:
                 raise Stopped("with the others") from error  # who heard of it a moment earlier
 
@@ -182,7 +183,7 @@ class Watchdog:
         return ""
 
     def _end(self, blamed: str) -> NoReturn:
-        print(f"error (rank {self._ranks.rank}): {blamed}; this run ends", file=sys.stderr, flush=True)
+        print(f"error (rank {self._ranks.rank}): {blamed}; {ADVICE}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(STATUS)
 

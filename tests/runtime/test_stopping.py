@@ -93,7 +93,9 @@ def ended(process: subprocess.Popen) -> tuple[int, str, str]:
 def test_a_loop_that_looks_leaves_by_itself(number):
     with started(AT_STEP_ENDS) as process:
         process.send_signal(number)
-        assert ended(process) == (0, f"stopped here {number.name}\n", f"{number.name}: stopping\n")
+        status, out, err = ended(process)
+    assert (status, out) == (0, f"stopped here {number.name}\n")
+    assert err in ("", f"{number.name}: stopping\n"), "said by another thread, which may come too late"
 
 
 def test_a_second_interrupt_ends_at_once():
