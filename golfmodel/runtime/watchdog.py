@@ -66,6 +66,9 @@ class Watchdog:
             self._store = self._ranks.store.clone()
             self._store.set_timeout(timedelta(seconds=self._timeout))
             self._publish()
+            with suppress(RuntimeError):  # it may die before its first word
+                self._store.wait([_key(rank) for rank in range(self._ranks.world_size)])
+                self._exchange_once()
             for work, name in ((self._exchange, "watchdog"), (self._judge, "watchdog-judge")):
                 threading.Thread(target=work, name=name, daemon=True).start()
         return self
@@ -130,22 +133,22 @@ class Watchdog:
         self._store.set(_key(self._ranks.rank), json.dumps(record))
 
     def _exchange(self) -> None:
-        everyone = range(self._ranks.world_size)
-        while not self._over.is_set():
-            try:
-                self._publish()
-                known = [rank for rank in everyone if self._store.check([_key(rank)])]
-                texts = self._store.multi_get([_key(rank) for rank in known])
-            except RuntimeError:  # the store is gone and will not come back; the judge counts how long
-                return
-            records = {rank: json.loads(text) for rank, text in zip(known, texts, strict=True)}
-            with self._lock:
-                self._answered_at = self._awake
-                self._seen.look(records, self._awake)
-            for rank, record in records.items():
-                if record["stopping"] and rank != self._ranks.rank:
-                    self._stop.request(f"{record['stopping'].split(' on ')[0]} on rank {rank}")
-            self._over.wait(self._interval)
+        with suppress(RuntimeError):  # the store is gone and will not come back; the judge counts how long
+            while not self._over.is_set():
+                self._exchange_once()
+                self._over.wait(self._interval)
+
+    def _exchange_once(self) -> None:
+        self._publish()
+        known = [rank for rank in range(self._ranks.world_size) if self._store.check([_key(rank)])]
+        texts = self._store.multi_get([_key(rank) for rank in known])
+        records = {rank: json.loads(text) for rank, text in zip(known, texts, strict=True)}
+        with self._lock:
+            self._answered_at = self._awake
+            self._seen.look(records, self._awake)
+        for rank, record in records.items():
+            if record["stopping"] and rank != self._ranks.rank:
+                self._stop.request(f"{record['stopping'].split(' on ')[0]} on rank {rank}")
 
     def _judge(self) -> None:
         last = time.monotonic()

@@ -107,6 +107,14 @@ def test_a_rank_that_falls_silent_ends_the_run(store, peer, stop, ended):
     assert ended[0].startswith("rank 1 on host elsewhere (step 7, training) has given no sign of life")
 
 
+def test_everyone_is_known_from_the_start(store, stop, ended):
+    """One that dies at once has a name, too: the watch begins when all have said theirs."""
+    late = threading.Timer(0.2, lambda: store.set("golf-watchdog/1", json.dumps(OTHER)))
+    late.start()
+    with watch(store, stop) as watchdog:
+        assert "rank 1 on host elsewhere" in watchdog._seen.last_seen(1)
+
+
 def test_a_rank_that_beats_is_left_alone_and_hears_how_this_one_left(store, peer, stop, ended):
     with watch(store, stop):
         first = peer.hears()["beat"]
