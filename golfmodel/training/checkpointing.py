@@ -86,6 +86,7 @@ class Checkpoints:
             tensors: the writer's own, on the device.
             held_seconds: what it cost the training to make them; for the log.
         """
+        self._writer.wait()  # what it says at its end is of its own times
         self._last_step, self._last_seconds = state.step, state.train_seconds
         self._started, self._held = time.perf_counter(), held_seconds
         self._writer.start(checkpoint_path(self._log.directory, state.step), state, tensors)
