@@ -30,10 +30,14 @@ def option(
     below: float | None = None,
     choices: Sequence[str] | None = None,
     in_artifact: bool = False,
+    may_change: bool = False,
+    alone: str | None = None,
 ) -> Any:
     """A field of `Config`: `low`/`high` are inclusive bounds, `above`/`below` exclusive ones.
 
-    `in_artifact` options are what a model needs to be rebuilt and scored; the artifact carries them.
+    `in_artifact` options are what a model needs to be rebuilt and scored; the artifact carries them. `may_change`
+    options say only where and how a run works or what it logs: a resumed run may have others. `alone` is what the
+    flag means without a value.
     """
     metadata = {
         "group": group,
@@ -44,12 +48,14 @@ def option(
         "below": below,
         "choices": tuple(choices) if choices else None,
         "in_artifact": in_artifact,
+        "may_change": may_change,
+        "alone": alone,
     }
     return field(default=default, metadata=metadata)
 
 
 MODEL, OPTIMIZER, SCHEDULE, DATA = "model", "optimizer", "schedule", "data"
-EVALUATION, ARTIFACT, RUN = "evaluation", "artifact", "run"
+EVALUATION, ARTIFACT, RUN, SURVIVAL = "evaluation", "artifact", "run", "checkpoints and faults"
 
 MAX_HEAD_DIM = 512
 
@@ -111,18 +117,30 @@ class Config:
     swa_enabled: bool = option(True, SCHEDULE, "average weights over the second half of the warmdown")
     swa_every: int = option(200, SCHEDULE, "steps between two copies", low=1, high=10**9)
 
-    data_path: str = option("./data/datasets/fineweb10B_sp1024", DATA, "directory of shards")
-    tokenizer_path: str = option("./data/tokenizers/fineweb_1024_bpe.model", DATA, "SentencePiece model")
+    data_path: str = option("./data/datasets/fineweb10B_sp1024", DATA, "directory of shards", may_change=True)
+    tokenizer_path: str = option(
+        "./data/tokenizers/fineweb_1024_bpe.model", DATA, "SentencePiece model", may_change=True
+    )
     data_order: str = option(
         "shuffled", DATA, "every window once an epoch, or one stream", choices=("shuffled", "in_order")
     )
     train_seq_len: int = option(2048, DATA, "tokens a row", low=2, high=1 << 17, in_artifact=True)
     train_batch_tokens: int = option(786_432, DATA, "tokens a step, over all ranks", low=2, high=1 << 40)
-    micro_batch_tokens: int = option(98_304, DATA, "tokens a rank at a time, at most", low=2, high=1 << 30)
+    micro_batch_tokens: int = option(
+        98_304, DATA, "tokens a rank at a time, at most", low=2, high=1 << 30, may_change=True
+    )
 
-    val_loss_every: int = option(1000, EVALUATION, "steps between validations; 0: at the end", low=0, high=10**9)
+    val_loss_every: int = option(
+        1000, EVALUATION, "steps between validations; 0: at the end", low=0, high=10**9, may_change=True
+    )
     val_batch_size: int = option(
-        524_288, EVALUATION, "tokens scored at a time, over all ranks", low=1, high=1 << 40, in_artifact=True
+        524_288,
+        EVALUATION,
+        "tokens scored at a time, over all ranks",
+        low=1,
+        high=1 << 40,
+        in_artifact=True,
+        may_change=True,
     )
     eval_seq_len: int = option(2048, EVALUATION, "tokens a window", low=2, high=1 << 17, in_artifact=True)
     eval_stride: int = option(
@@ -137,12 +155,36 @@ class Config:
         "lzma", ARTIFACT, "how that file is packed", choices=("lzma", "xz", "zlib", "raw", "auto")
     )
 
-    run_id: str = option("", RUN, "name of the run; empty: random")
-    runs_dir: str = option("./runs", RUN, "where runs/<RUN_ID>/ is made")
+    run_id: str = option("", RUN, "name of the run; empty: random", may_change=True)
+    runs_dir: str = option("./runs", RUN, "where runs/<RUN_ID>/ is made", may_change=True)
     seed: int = option(1337, RUN, "of initial weights and data order", low=0, high=2**63 - 1)
-    train_log_every: int = option(200, RUN, "steps between log lines", low=1, high=10**9)
-    device: str = option("auto", RUN, "where to run; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
-    compile: str = option("auto", RUN, "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
+    train_log_every: int = option(200, RUN, "steps between log lines", low=1, high=10**9, may_change=True)
+    device: str = option(
+        "auto", RUN, "where to run; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"), may_change=True
+    )
+    compile: str = option("auto", RUN, "torch.compile; auto: on a GPU", choices=("auto", "on", "off"), may_change=True)
+    deterministic: bool = option(
+        False, RUN, "the same bits each time; takes a schedule by steps (MAX_WALLCLOCK_SECONDS 0)", may_change=True
+    )
+
+    checkpoint_seconds: float = option(
+        60.0, SURVIVAL, "training seconds between checkpoints; 0: not by time", low=0, high=1e9, may_change=True
+    )
+    checkpoint_every: int = option(
+        0, SURVIVAL, "steps between checkpoints; 0: not by steps", low=0, high=10**9, may_change=True
+    )
+    checkpoints_kept: int = option(2, SURVIVAL, "how many, the newest", low=1, high=10**6, may_change=True)
+    resume: str = option(
+        "",
+        SURVIVAL,
+        "go on from: auto (RUN_ID's run, or the newest unfinished one of this config), a run's directory, or a "
+        "checkpoint",
+        may_change=True,
+        alone="auto",
+    )
+    hang_timeout: float = option(
+        300.0, SURVIVAL, "seconds without progress after which a rank ends the run", above=0, high=1e6, may_change=True
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -193,6 +235,9 @@ class Config:
         if self.run_id and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.run_id):
             rule = "must be at most 128 letters, digits, '.', '_' and '-', starting with a letter or digit"
             raise self._impossible("run_id", rule)
+        if self.deterministic and self.max_wallclock_seconds:
+            rule = "the clock would set the schedule, so MAX_WALLCLOCK_SECONDS (--max-wallclock-seconds) must be 0"
+            raise self._impossible("deterministic", rule)
 
     def _impossible(self, name: str, rule: str) -> ConfigError:
         return ConfigError(f"{_label(name)} is {getattr(self, name)!r}: {rule}")
@@ -215,6 +260,19 @@ class Config:
         share = rows // world_size
         largest = min(share, self.micro_batch_tokens // self.train_seq_len)
         return next(n for n in range(largest, 0, -1) if share % n == 0)
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether the run writes any but at a signal."""
+        return bool(self.checkpoint_seconds or self.checkpoint_every)
+
+    def differences(self, values: Mapping[str, Any]) -> list[str]:
+        """How the options of another run, by field name, differ from these where a resumed run must not; in words."""
+        return [
+            f"{each.name.upper()}: checkpoint {values.get(each.name)!r}, this run {getattr(self, each.name)!r}"
+            for each in fields(self)
+            if not each.metadata["may_change"] and values.get(each.name) != getattr(self, each.name)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Every option and its value, by field name."""
@@ -367,8 +425,10 @@ def _parser(program: str) -> argparse.ArgumentParser:
         choices = each.metadata["choices"]
         valid = f"; one of {', '.join(choices)}" if choices else ""
         default = "empty" if shown == "" else shown
+        alone = each.metadata["alone"]
         groups[name].add_argument(
             "--" + each.name.replace("_", "-"),
+            **({} if alone is None else {"nargs": "?", "const": alone}),
             metavar={"int": "N", "float": "X", "bool": "0|1", "str": "TEXT"}[str(each.type)],
             help=f"{each.metadata['meaning']}{valid} (default {default})".replace("%", "%%"),
         )

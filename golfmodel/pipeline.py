@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,28 @@ from golfmodel.evaluation.evaluator import Evaluator
 from golfmodel.evaluation.windows import plan_windows
 from golfmodel.model.gpt import GPT
 from golfmodel.model.parameters import exported_parameters
+from golfmodel.runtime import faults, liveness
 from golfmodel.runtime.compiling import compiled
-from golfmodel.runtime.distributed import Ranks, process_group, rank_of, runs_on_gpu, world_size_of
+from golfmodel.runtime.determinism import determinism
+from golfmodel.runtime.distributed import TIMEOUT, Ranks, process_group, rank_of, runs_on_gpu, world_size_of
 from golfmodel.runtime.errors import ConfigError
-from golfmodel.runtime.files import write_json
-from golfmodel.runtime.runlog import RunLog, new_run_id
+from golfmodel.runtime.files import remove_temporaries, write_json
+from golfmodel.runtime.runlog import RunLog
+from golfmodel.runtime.sightings import longest_patience
+from golfmodel.runtime.stopping import Stopped, StopRequest
 from golfmodel.runtime.versions import versions
+from golfmodel.runtime.watchdog import Watchdog
+from golfmodel.training.checkpoint import Checkpoint
+from golfmodel.training.checkpointing import Checkpoints, checkpoints_in
+from golfmodel.training.resume import (
+    CONFIG_NAME,
+    SUMMARY_NAME,
+    Start,
+    choose_start,
+    directory_of,
+    first_state,
+    launcher_of,
+)
 from golfmodel.training.trainer import Trainer, TrainingResult
 from kernels import dispatch
 
@@ -43,58 +60,124 @@ class Inputs:
     text: ValidationText
     prefix_targets: int
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """What a resumed run must find the same."""
+        return {"tokenizer": self.tokenizer.digest, "validation text": self.text.digest}
+
 
 def run(config: Config, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """The whole pipeline on this rank; rank 0 writes `summary.json` and returns what is in it, others `{}`.
+
+    A run that is asked to stop while it trains returns `{}` on every rank, with a checkpoint written; one that is asked
+    later ends the process, with status 0.
 
     Raises:
         GolfError: a bad option, input or disk, or a training run that failed; the message says what would be valid.
     """
     config.rows_per_micro_batch(world_size_of(environment))
     check_kernels(on_gpu=runs_on_gpu(config.device))
-    inputs = open_inputs(config)
-    run_directory = Path(config.runs_dir) / (config.run_id or new_run_id())
-    with (
-        RunLog(run_directory, enabled=rank_of(environment) == 0) as log,
-        process_group(config.device, environment) as ranks,
-        open_loader(config, ranks) as loader,
-    ):
-        found = versions() if ranks.is_main else {}
-        log.event("start", config=config.to_dict(), world_size=ranks.world_size, versions=found)
-        if ranks.is_main:
-            write_json(run_directory / "config.json", config.to_dict())
-            rows = config.rows_per_micro_batch(ranks.world_size)
-            print(
-                f"run {run_directory} on {ranks.world_size} x {found['gpu'] or 'CPU'}, {loader.micro_batches_per_step} "
-                f"micro-batches of {rows} x {config.train_seq_len} tokens a rank and step",
-                flush=True,
-            )
-        evaluator = Evaluator(
-            inputs.text,
-            ranks,
-            length=config.eval_seq_len,
-            stride=config.eval_stride,
-            batch_tokens=config.val_batch_size,
+    is_main = rank_of(environment) == 0
+    # the watchdog finds out earlier, and says who
+    patience = max(TIMEOUT, timedelta(seconds=1.2 * longest_patience(config.hang_timeout)))
+    with StopRequest(announce=is_main) as stop, determinism(config.deterministic):
+        inputs = open_inputs(config)
+        start = choose_start(config, environment, inputs.digests) if is_main else Start(directory_of(config))
+        try:
+            with (
+                RunLog(start.directory, enabled=is_main, resume=start.resumes) as log,
+                process_group(config.device, environment, timeout=patience) as ranks,
+                Watchdog(ranks, stop, config.hang_timeout) as watchdog,
+                open_loader(config, ranks) as loader,
+            ):
+                stop.farewell = lambda: _leave(start.directory, stop, watchdog, is_main=is_main)
+                return _run(config, inputs, start, loader, ranks, log, stop, launcher_of(environment))
+        except Stopped as stopped:
+            if is_main:
+                print(_how_to_go_on(start.directory, stop, str(stopped)), flush=True)
+            return {}
+
+
+def _run(
+    config: Config,
+    inputs: Inputs,
+    start: Start,
+    loader: Loader,
+    ranks: Ranks,
+    log: RunLog,
+    stop: StopRequest,
+    launcher: str,
+) -> dict[str, Any]:
+    """What `run` does once ranks, log and data are there."""
+    found = versions() if ranks.is_main else {}
+    checkpoint = start.shared(ranks)
+    first = first_state(
+        checkpoint,
+        config=config,
+        inputs=inputs.digests,
+        world_size=ranks.world_size,
+        batches=loader.state_dict(),
+    )
+    if ranks.is_main:
+        where = {"config": config.to_dict(), "world_size": ranks.world_size, "versions": found, "launcher": launcher}
+        if start.resumes:
+            log.event("resume", step=first.step, checkpoint=start.path and start.path.name, **where)
+        else:
+            log.event("start", **where)
+        write_json(start.directory / CONFIG_NAME, config.to_dict())
+        rows = config.rows_per_micro_batch(ranks.world_size)
+        print(
+            f"run {start.directory} on {ranks.world_size} x {found['gpu'] or 'CPU'}, {loader.micro_batches_per_step} "
+            f"micro-batches of {rows} x {config.train_seq_len} tokens a rank and step",
+            flush=True,
         )
-        model, result, scores = _train(config, loader, ranks, log, evaluator)
-        artifact, artifact_scores = _export(config, model, inputs, ranks, evaluator, run_directory / ARTIFACT_NAME)
-        scores.update(artifact_scores)
-        log.event("scored", **scores)
-        summary: dict[str, Any] = {}
-        if ranks.is_main:
-            submitted = submission.check_submission(
-                run_directory / ARTIFACT_NAME,
-                prefix=config.paid_prefix_file or None,
-                train_seconds=result.seconds,
-                scored=scores["val_bpb"] is not None,
-            )
-            by_part = parts.bytes_by_part(artifact, submitted.artifact_bytes, show_progress=True)
-            summary = _summary(config, inputs, result, scores, submitted, by_part, model, ranks, found)
-            write_json(run_directory / "summary.json", summary)
-            print(report.describe(summary), flush=True)
-            print(f"\nartifact: {run_directory / ARTIFACT_NAME}", flush=True)
-            print(f"report: {report.draw(run_directory)}", flush=True)
+        if checkpoint is not None and checkpoint.state.code != first.code:
+            print("the code has changed since that checkpoint: an undisturbed run may have differed", flush=True)
+    evaluator = Evaluator(
+        inputs.text,
+        ranks,
+        length=config.eval_seq_len,
+        stride=config.eval_stride,
+        batch_tokens=config.val_batch_size,
+    )
+    with Checkpoints(config, log, ranks.device, first) as checkpoints:
+        model, result, scores = _train(config, loader, ranks, log, evaluator, checkpoints, checkpoint, stop)
+    path = start.directory / ARTIFACT_NAME
+    artifact, artifact_scores = _export(config, model, inputs, ranks, evaluator, path)
+    scores.update(artifact_scores)
+    log.event("scored", **scores)
+    summary: dict[str, Any] = {}
+    if ranks.is_main:
+        liveness.enter("report")
+        submitted = submission.check_submission(
+            path,
+            prefix=config.paid_prefix_file or None,
+            train_seconds=result.seconds,
+            scored=scores["val_bpb"] is not None,
+        )
+        by_part = parts.bytes_by_part(artifact, submitted.artifact_bytes, show_progress=True)
+        summary = _summary(config, inputs, result, scores, submitted, by_part, model, ranks, found)
+        summary["resumed_at_steps"] = list(first.resumed_at)
+        write_json(start.directory / SUMMARY_NAME, summary)
+        print(report.describe(summary), flush=True)
+        print(f"\nartifact: {path}", flush=True)
+        print(f"report: {report.draw(start.directory)}", flush=True)
     return summary
+
+
+def _leave(directory: Path, stop: StopRequest, watchdog: Watchdog, *, is_main: bool) -> int:
+    """Ends a run that is asked to stop where there is nothing left to save; the status to leave with."""
+    status = watchdog.farewell()
+    if is_main:
+        remove_temporaries(directory)
+        newest = next(iter(checkpoints_in(directory)), None)
+        where = "before its first checkpoint" if newest is None else f"its newest checkpoint is {newest.name}"
+        print(_how_to_go_on(directory, stop, where), flush=True)
+    return status
+
+
+def _how_to_go_on(directory: Path, stop: StopRequest, where: str) -> str:
+    return f"stopped by {stop.requested}, {where}; go on with the same command and --resume {directory}"
 
 
 def check_kernels(*, on_gpu: bool) -> None:
@@ -160,7 +243,14 @@ def build_model(config: Config, ranks: Ranks) -> GPT:
 
 
 def _train(
-    config: Config, loader: Loader, ranks: Ranks, log: RunLog, evaluator: Evaluator
+    config: Config,
+    loader: Loader,
+    ranks: Ranks,
+    log: RunLog,
+    evaluator: Evaluator,
+    checkpoints: Checkpoints,
+    checkpoint: Checkpoint | None,
+    stop: StopRequest,
 ) -> tuple[GPT, TrainingResult, dict[str, float]]:
     """Trains and averages; returns the model as it will be exported, and its scores before quantization."""
     model = build_model(config, ranks)
@@ -178,12 +268,19 @@ def _train(
         ranks,
         log,
         bits_per_byte,
+        checkpoints,
+        stop,
     )
-    trainer.warm_up()
+    if checkpoint is None or not checkpoint.state.ended:
+        trainer.warm_up()
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
     result = trainer.train()
     loader.close()
     model.eval()
+    liveness.enter("averaging")
     scores = {"val_bpb_training": bits_per_byte()}
+    faults.reach("averaging")
     averaged = trainer.average.apply()
     scores["val_bpb_averaged"] = bits_per_byte() if averaged else scores["val_bpb_training"]
     log.event("trained", steps=result.steps, train_seconds=result.seconds, averaged=result.averaged_copies, **scores)
@@ -195,11 +292,13 @@ def _export(
 ) -> tuple[Artifact, dict[str, float | None]]:
     """Writes the artifact to `path`, reads the file back on every rank, and scores what it holds."""
     written = None
+    liveness.enter("writing the artifact")
     if ranks.is_main:
         artifact = readback.pack_model(model, inputs.tokenizer.digest, show_progress=True)
         write_artifact(path, artifact, show_progress=True)
         written = path.read_bytes()
     artifact = decode_artifact(ranks.broadcast_bytes(written), str(path))
+    liveness.enter("scoring")
     read_back = readback.unpack_model(artifact, ranks.device, str(path))
     token_losses = compiled(read_back.token_losses, config.compile, ranks.device)
     scores = evaluator.both(token_losses, prefix_targets=inputs.prefix_targets)

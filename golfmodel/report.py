@@ -58,8 +58,7 @@ def _draw(run_directory: Path) -> Path:
     from matplotlib import pyplot  # noqa: PLC0415
 
     summary = json.loads((run_directory / "summary.json").read_text())
-    train = list(read_events(run_directory / "log.jsonl", "train"))
-    validation = list(read_events(run_directory / "log.jsonl", "validation"))
+    train, validation = (_last_of_each_step(run_directory, kind) for kind in ("train", "validation"))
     figure, ((loss, bpb), (rate, size)) = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
     seconds = [event["train_seconds"] for event in train]
     _plot_loss(loss, seconds, train)
@@ -75,6 +74,12 @@ def _draw(run_directory: Path) -> Path:
     path = run_directory / PICTURE_NAME
     write_bytes(path, drawn.getvalue())
     return path
+
+
+def _last_of_each_step(run_directory: Path, kind: str) -> list[dict[str, Any]]:
+    """A run that was resumed has logged some steps twice: those that it took after its last checkpoint."""
+    events = {event["step"]: event for event in read_events(run_directory / "log.jsonl", kind)}
+    return [events[step] for step in sorted(events)]
 
 
 def _plot_loss(axes: Axes, seconds: list[float], train: list[dict[str, Any]]) -> None:

@@ -436,3 +436,36 @@ def test_help_groups_the_options(help_text):
 def test_help_lists_the_presets(help_text):
     for name, (meaning, _) in PRESETS.items():
         assert any(line.split() == [name, *meaning.split()] for line in help_text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [([], ""), (["--resume"], "auto"), (["--resume", "runs/one"], "runs/one"), (["--resume", "--seed", "1"], "auto")],
+)
+def test_resume_alone_is_auto(arguments, value):
+    assert resolve(arguments, {}).resume == value
+    assert resolve([], {"RESUME": value}).resume == value
+
+
+def test_determinism_and_a_time_limit_exclude_each_other():
+    assert "MAX_WALLCLOCK_SECONDS" in complaint(["--deterministic", "1"])
+    assert resolve(["--deterministic", "1", "--max-wallclock-seconds", "0"], {}).deterministic
+
+
+def test_checkpoints_by_time_or_steps_or_not():
+    assert resolve([], {}).checkpoints
+    assert not resolve(["--checkpoint-seconds", "0"], {}).checkpoints
+    assert resolve(["--checkpoint-seconds", "0", "--checkpoint-every", "100"], {}).checkpoints
+
+
+def test_what_a_resumed_run_may_change_is_where_and_how_it_works():
+    """Another value for every option: the differences name exactly those that change the result."""
+    default = Config()
+    assert default.differences(default.to_dict()) == []
+    named = {each.split(":")[0].lower() for each in default.differences({})}
+    assert {each.name for each in OPTIONS} - named == {
+        *("data_path", "tokenizer_path", "micro_batch_tokens", "val_loss_every", "val_batch_size", "train_log_every"),
+        *("run_id", "runs_dir", "device", "compile", "deterministic", "resume", "hang_timeout"),
+        *("checkpoint_seconds", "checkpoint_every", "checkpoints_kept"),
+    }
+    assert default.differences({**default.to_dict(), "num_layers": 8}) == ["NUM_LAYERS: checkpoint 8, this run 9"]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: bfloat16 under the compiler, the block-sparse document mask, a whole run."""
+"""What only a GPU can show: bfloat16 under the compiler, the block-sparse document mask, a whole run, its bits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import starting
 import torch
 
 from golfmodel import pipeline
@@ -171,3 +172,40 @@ def test_the_time_limit_holds_though_the_host_runs_ahead(config):
     )
     summary = pipeline.run(config, {})
     assert 2.5 < summary["train_seconds"] <= 3.0
+
+
+@pytest.mark.parametrize("changes", [{}, {"document_boundaries": True, "qat_enabled": True, "mtp_num_heads": 1}])
+def test_deterministic_twice_and_stopped_and_resumed_give_the_same_bits(config, changes):
+    """Weights of the last checkpoint and the artifact, compiled, in bfloat16; each run in a process of its own."""
+    options = {
+        **dataclasses.asdict(config),
+        **changes,
+        "deterministic": True,
+        "iterations": 30,
+        "checkpoint_seconds": 0.0,
+        "checkpoint_every": 7,
+    }
+    runs = {name: {**options, "run_id": name} for name in ("one", "another", "stopped")}
+    for name, faults in (("one", ""), ("another", ""), ("stopped", "term@step:17")):
+        result = starting.run(runs[name], faults=faults)
+        assert result.returncode == 0, result.stderr[-3000:]
+    result = starting.run({**runs["stopped"], "resume": "auto"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "after step 17, " in result.stdout
+    starting.check_same(runs["another"], runs["one"])
+    starting.check_same(runs["stopped"], runs["one"])
+    assert starting.last_tensors_of(runs["stopped"])
+
+
+def test_checkpoints_cost_less_than_a_hundredth_of_the_training(config):
+    """One a second, sixty times as many as by default."""
+    config = dataclasses.replace(
+        config, max_wallclock_seconds=6.0, iterations=10**6, checkpoint_seconds=1.0, train_log_every=10**6
+    )
+    summary = pipeline.run(dataclasses.replace(config, val_loss_every=0), {})
+    directory = Path(config.runs_dir) / config.run_id
+    events = list(read_events(directory / "log.jsonl", "checkpoint"))
+    assert len(events) >= 3
+    assert not [event for event in events if event["problem"]]
+    held = sum(event["held_seconds"] for event in events[1:])  # the first also loads what copies
+    assert held < 0.01 * summary["train_seconds"]

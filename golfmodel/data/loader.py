@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import reprlib
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -13,10 +14,12 @@ import torch
 
 from golfmodel.data.shards import find_shards
 from golfmodel.data.streams import InOrderStream, ShuffledWindows, Stream
+from golfmodel.runtime import faults
 from golfmodel.runtime.errors import ConfigError, DataError
 
 Order = Literal["in_order", "shuffled"]
 PREFETCH_MICRO_BATCHES = 4
+MAX_POSITION = 2**60  # leaves room in 64 bits for what is added to it
 
 
 class Loader:
@@ -81,8 +84,10 @@ class Loader:
             if theirs != ours:
                 raise DataError(f"the saved data position does not fit this run: {_difference(name, theirs, ours)}")
         position = state.get("position")
-        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
-            raise DataError(f"the saved data position is {position!r}; it must be an integer >= 0")
+        if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position <= MAX_POSITION:
+            raise DataError(
+                f"the saved data position is {reprlib.repr(position)}; it must be an integer from 0 to {MAX_POSITION}"
+            )
         self._stop_reader()
         self._position = position
 
@@ -140,6 +145,7 @@ class _Reader:
             if pin:
                 torch.cuda.set_device(self._device)  # else pinning opens a context on GPU 0 from every rank
             while not self._stopping.is_set():
+                faults.reach("read")
                 inputs_BT, targets_BT = self._stream.read(self._position)
                 batch_2BT = torch.empty((2, *inputs_BT.shape), dtype=torch.int64, pin_memory=pin)
                 host_2BT = batch_2BT.numpy()
@@ -147,6 +153,8 @@ class _Reader:
                 np.copyto(host_2BT[1], targets_BT)
                 self._queue.put(batch_2BT)
                 self._position += self._stream.advance
+        except OSError as error:
+            self._queue.put(DataError(f"cannot read the training shards: {error.strerror or error}"))
         except BaseException as error:
             self._queue.put(error)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from golfmodel.evaluation.windows import Windows
+from golfmodel.runtime import faults
 from golfmodel.runtime.distributed import Ranks
 from golfmodel.runtime.errors import TrainingError
 from golfmodel.runtime.progress import Progress
@@ -91,6 +92,7 @@ def score_text(
     mine = np.array_split(np.arange(len(windows)), ranks.world_size)[ranks.rank]
     with Progress(label, len(mine), unit="windows", enabled=ranks.is_main) as progress:
         for begin in range(0, len(mine), rows):
+            faults.reach("scoring")
             chosen = mine[begin : begin + rows]
             padded = np.resize(chosen, rows)
             span = windows.start_W[padded][:, None] + np.arange(length + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,19 @@ class WeightAverage:
             self._means = [p.float().clone() for p in self._parameters]
         else:
             torch._foreach_lerp_(self._means, [p.float() for p in self._parameters], 1 / self.copies)
+
+    @property
+    def means(self) -> list[Tensor]:
+        """The mean of each parameter, in their order; none before the first copy."""
+        return self._means
+
+    def load(self, copies: int, means: Sequence[Tensor]) -> None:
+        """Goes on from a mean over `copies` copies."""
+        self.copies = copies
+        self._means = [
+            mean.to(parameter.device, torch.float32, copy=True)
+            for mean, parameter in zip(means, self._parameters if copies else [], strict=True)
+        ]
 
     @torch.no_grad()
     def apply(self) -> bool:

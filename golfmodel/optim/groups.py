@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -11,6 +13,10 @@ from golfmodel.model.parameters import Group, parameter_specs
 from golfmodel.optim.muon import Muon
 from golfmodel.runtime.distributed import Ranks
 from kernels.clipping import clip_factors, square_sums
+
+# What each optimizer keeps for a parameter.
+_MUON_ENTRIES = ("momentum_buffer",)
+_ADAM_ENTRIES = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Optimizers:
@@ -26,6 +32,7 @@ class Optimizers:
         by_group: dict[Group, list[nn.Parameter]] = {group: [] for group in Group}
         for name, parameter in model.named_parameters():
             by_group[specs[name].group].append(parameter)
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._ranks = ranks if ranks is not None and ranks.world_size > 1 else None
         self._matrices = by_group[Group.MATRIX]
         self._others = [p for group, several in by_group.items() if group is not Group.MATRIX for p in several]
@@ -95,7 +102,42 @@ class Optimizers:
         sums = [square_sums(each).sum() if each else zero for each in (here, everywhere)]
         return clip_factors(torch.stack((ranks.reduce_sum(sums[0]), sums[1])), self.grad_clip_norm)
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state of every parameter that has one, as `<parameter>.<entry>`.
+
+        Over several ranks for all of them together; each gets the whole.
+        """
+        tensors = {}
+        for optimizer in self.all:
+            names = self._names_of(optimizer)
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors.update({f"{names[index]}.{entry}": tensor for entry, tensor in state.items()})
+        return tensors
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes what `state_tensors` gave, on any number of ranks; for all ranks together."""
+        for optimizer, entries in ((self.muon, _MUON_ENTRIES), (self.adam, _ADAM_ENTRIES)):
+            state = {
+                index: {entry: tensors[f"{name}.{entry}"].clone() for entry in entries}
+                for index, name in enumerate(self._names_of(optimizer))
+                if f"{name}.{entries[0]}" in tensors
+            }
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+    def _names_of(self, optimizer: Optimizer) -> list[str]:
+        return [self._names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
     def reset(self) -> None:
         """Forgets all state, as if no step had been taken."""
         for optimizer in self.all:
             optimizer.state.clear()
+
+
+def state_shapes(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of everything that `Optimizers.state_tensors` can hold for a model, on whatever device."""
+    specs, shapes = parameter_specs(model), {}
+    for name, parameter in model.named_parameters():
+        for entry in _MUON_ENTRIES if specs[name].group is Group.MATRIX else _ADAM_ENTRIES:
+            like = (torch.Size(), torch.float32) if entry == "step" else (parameter.shape, parameter.dtype)
+            shapes[f"{name}.{entry}"] = like
+    return shapes

@@ -75,6 +75,7 @@ class Ranks:
         world_size: how many there are, over all hosts.
         device: where this rank computes.
         control: the gloo group for host values; None for one rank.
+        store: the key-value store where the ranks met; None for one rank.
 
     Tensors travel over NCCL between GPUs and gloo between CPUs. Host values travel over `control`, a gloo group, so
     that agreeing on the time or a file never waits for a GPU.
@@ -84,6 +85,7 @@ class Ranks:
     world_size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
@@ -149,6 +151,14 @@ class Ranks:
             for parameter in parameters:
                 dist.broadcast(parameter.detach(), src=0)
 
+    def gather_host(self, own_L: Tensor) -> Tensor:
+        """The `[L]` of each rank, `[W, L]`, on every rank; of tensors on the host, touching no GPU."""
+        if self.world_size == 1:
+            return own_L[None]
+        rows = [torch.empty_like(own_L) for _ in range(self.world_size)]
+        dist.all_gather(rows, own_L, group=self.control)
+        return torch.stack(rows)
+
     def broadcast_number(self, value: float) -> float:
         """Rank 0's `value` on every rank, exactly; touches no GPU."""
         return self.broadcast_numbers([value])[0]
@@ -177,12 +187,15 @@ class Ranks:
 
 
 @contextmanager
-def process_group(device: str = "auto", environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
+def process_group(
+    device: str = "auto", environment: Mapping[str, str] = os.environ, *, timeout: timedelta = TIMEOUT
+) -> Iterator[Ranks]:
     """Joins the ranks that torchrun started and leaves them at the end; one process needs no group.
 
     Args:
         device: "cuda", "cpu", or "auto" for a GPU if there is one.
         environment: where `RANK`, `WORLD_SIZE` and `LOCAL_RANK` stand.
+        timeout: how long a rank waits for another in a collective.
 
     Raises:
         ConfigError: no GPU, or fewer than the ranks on this host, or ranks that are no numbers.
@@ -201,9 +214,19 @@ def process_group(device: str = "auto", environment: Mapping[str, str] = os.envi
     if world_size == 1:
         yield Ranks(rank=0, world_size=1, device=place)
         return
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=place if on_gpu else None)
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else dist.group.WORLD
-    yield Ranks(rank=rank, world_size=world_size, device=place, control=control)
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=TIMEOUT))
+    # torchrun's store outlives a restart (torch 2.13), and with it the addresses of ranks that are gone.
+    store = dist.PrefixStore(f"start-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=place if on_gpu else None,
+    )
+    control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
+    yield Ranks(rank=rank, world_size=world_size, device=place, control=control, store=store)
     # Not after an error: the other ranks may be waiting inside a collective, and leaving would wait for them. The
     # process ends with its message, and torchrun ends the others.
     dist.destroy_process_group()

@@ -29,6 +29,14 @@ class TrainingError(GolfError, RuntimeError):
     """A training run that cannot go on, such as one whose loss is no longer finite."""
 
 
+class CheckpointError(GolfError, ValueError):
+    """A checkpoint that is damaged, foreign, or not of this run."""
+
+
+class RankError(GolfError, RuntimeError):
+    """Another rank died, failed or hangs."""
+
+
 class StorageError(GolfError, OSError):
     """A file or directory that cannot be written."""
 

@@ -9,6 +9,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from golfmodel.runtime import liveness
+
 PLAIN_INTERVAL_SECONDS = 10.0
 
 
@@ -47,6 +49,7 @@ class Progress:
 
     def update(self, count: int = 1, **fields: str) -> None:
         """Records `count` more units done and the latest `fields` to show beside them."""
+        liveness.sign()
         self._done += count
         self._fields.update(fields)
         if self._bar is not None:

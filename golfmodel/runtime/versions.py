@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from importlib import metadata
@@ -28,6 +29,19 @@ def versions() -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "commit": _commit(),
     }
+
+
+def code_digest() -> str:
+    """SHA-256 of the sources that train and score: `train.py`, `kernels/` and `golfmodel/`, each with its name."""
+    files = [PROJECT_ROOT / "train.py"]
+    for package in ("kernels", "golfmodel"):
+        files += sorted((PROJECT_ROOT / package).rglob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(PROJECT_ROOT).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def _package_version(name: str) -> str | None:

@@ -35,6 +35,17 @@ class TrainingClock:
         running = 0.0 if self._since is None else time.perf_counter() - self._since
         return self._counted + running
 
+    @property
+    def slowest(self) -> float:
+        """Seconds of the slowest recent step; 0 before the first."""
+        return max(self._laps, default=0.0)
+
+    def restore(self, seconds: float, slowest: float) -> None:
+        """Goes on from an earlier process's training time and slowest recent step; before the first `resume`."""
+        self._counted = self._last_lap = seconds
+        if slowest:
+            self._laps.append(slowest)
+
     def resume(self) -> None:
         """Counts from now on, once the device has finished what came before."""
         self._synchronize()
@@ -62,7 +73,7 @@ class TrainingClock:
 
     def end_of_next_step(self) -> float:
         """When a step launched now would be over at the latest, were it `SLOWER_BY` times the slowest recent one."""
-        slowest = SLOWER_BY * max(self._laps, default=0.0)
+        slowest = SLOWER_BY * self.slowest
         return self.seconds + (len(self._in_flight) + 1) * slowest + AFTER_A_STEP
 
     def _synchronize(self) -> None:

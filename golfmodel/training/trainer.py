@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,11 +15,16 @@ from golfmodel.config import Config
 from golfmodel.optim.averaging import WeightAverage
 from golfmodel.optim.groups import Optimizers
 from golfmodel.optim.schedule import learning_rate_scale, muon_momentum
+from golfmodel.runtime import faults, liveness
 from golfmodel.runtime.distributed import Ranks
 from golfmodel.runtime.errors import TrainingError
 from golfmodel.runtime.progress import Progress
 from golfmodel.runtime.runlog import RunLog
+from golfmodel.runtime.stopping import Stopped, StopRequest
+from golfmodel.training.checkpoint import Checkpoint
+from golfmodel.training.checkpointing import Checkpoints
 from golfmodel.training.clock import TrainingClock
+from golfmodel.training.snapshot import Training
 
 SWA_BELOW_LR_SCALE = 0.5
 NEVER = 2**62
@@ -56,6 +63,8 @@ class Trainer:
         batches: this rank's micro-batches.
         micro_batches: how many make a step.
         validate: called every `VAL_LOSS_EVERY` steps, outside the training time; returns bits per byte.
+        checkpoints: of the run; None for none.
+        stop: whether someone asked for a stop; None where nobody can.
     """
 
     def __init__(
@@ -68,25 +77,31 @@ class Trainer:
         ranks: Ranks,
         log: RunLog,
         validate: Callable[[], float] | None = None,
+        checkpoints: Checkpoints | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config, self.model, self.ranks, self.log = config, model, ranks, log
         self.average = WeightAverage(model.parameters())
         self._loss, self._batches, self._micro_batches = loss, batches, micro_batches
-        self._validate = validate
+        self._validate, self._checkpoints, self._stop = validate, checkpoints, stop
         self._optimizers = Optimizers(model, config, ranks)
+        self._training = Training(model, self._optimizers, self.average, ranks)
         self._clock = TrainingClock(ranks.device)
         self._first_bad_step = torch.tensor(NEVER, device=ranks.device)
         self._bpb: float | None = None
         self._last_logged = (0, 0.0)
+        self._first_step, self._ended = 0, False
 
     def warm_up(self) -> None:
         """Takes `WARMUP_STEPS` steps that prime every compiled path, then puts everything back as it was."""
         if self.config.warmup_steps == 0:
             return
+        liveness.enter("warm-up")
         weights = [p.detach().clone() for p in self.model.parameters()]
         position = self._batches.state_dict()
         with Progress("warm-up", self.config.warmup_steps, unit="steps", enabled=self.ranks.is_main) as progress:
             for step in range(self.config.warmup_steps):
+                faults.reach("warm-up")
                 self._take_step(step, lr_scale=1.0)
                 progress.update()
         with torch.no_grad():
@@ -95,22 +110,63 @@ class Trainer:
         self._batches.load_state_dict(position)
         self._first_bad_step.fill_(NEVER)
 
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint; after `warm_up`, before `train`.
+
+        Raises:
+            DataError: the checkpoint's data are not this run's.
+        """
+        state = checkpoint.state
+        self._batches.load_state_dict(state.batches)
+        self._training.restore(checkpoint)
+        self._clock.restore(state.train_seconds, state.slowest_step)
+        self._first_step, self._ended = state.step, state.ended
+        self._last_logged = state.last_logged
+
     def train(self) -> TrainingResult:
-        """Steps until `ITERATIONS` or the time limit, whichever comes first.
+        """Steps until `ITERATIONS` or the time limit, whichever comes first; none where a checkpoint says it is over.
 
         Raises:
             TrainingError: the loss stopped being finite; says at which step.
+            Stopped: someone asked for a stop; a checkpoint of the last step is written.
+            StorageError: someone did, and it cannot be written.
         """
-        config, step = self.config, 0
+        step = self._first_step
+        if not self._ended:
+            liveness.enter("training", slow=self.config.warmup_steps == 0)
+            with self._stop.at_step_ends() if self._stop is not None else nullcontext():
+                step = self._steps()
+                self._check_finite()
+                self._ended = True
+                if self._checkpoints is not None and self._checkpoints.wanted:
+                    self._save(step)
+                    self._checkpoints.wait()
+        return TrainingResult(
+            steps=step,
+            seconds=self._clock.seconds,
+            tokens=step * self.config.train_batch_tokens,
+            averaged_copies=self.average.copies,
+        )
+
+    def _steps(self) -> int:
+        """Takes all steps there are; returns how many the run then has."""
+        config, step = self.config, self._first_step
         self.model.train()
         self._clock.resume()
         with Progress("training", config.iterations, unit="steps", enabled=self.ranks.is_main) as progress:
+            progress.update(step)
             while step < config.iterations:
                 self._clock.wait_for_room()
-                elapsed, end = self._agreed_times()
+                elapsed, end, save, stop = self._agree(step)
+                if stop:
+                    self._stop_here(step)
+                if save:
+                    self._save(step)
                 if step and config.max_wallclock_seconds and end > config.max_wallclock_seconds:
                     break
                 lr_scale = learning_rate_scale(config, step, elapsed)
+                liveness.begin_step(step + 1)
+                faults.reach("step")
                 loss = self._take_step(step, lr_scale)
                 step += 1
                 self._clock.step_launched()
@@ -124,32 +180,68 @@ class Trainer:
                 if self._validate is not None and config.val_loss_every and step % config.val_loss_every == 0:
                     self._log_validation(step, progress)
         self._clock.pause()
-        self._check_finite()
-        return TrainingResult(
-            steps=step,
-            seconds=self._clock.seconds,
-            tokens=step * config.train_batch_tokens,
-            averaged_copies=self.average.copies,
-        )
+        return step
 
     def _take_step(self, step: int, lr_scale: float) -> Tensor:
         """One optimizer step; returns this rank's mean loss, on the device."""
         total = torch.zeros((), device=self.ranks.device)
         for _ in range(self._micro_batches):
             inputs_BT, targets_BT = next(self._batches)
+            liveness.part_done()
             loss = self._loss(inputs_BT, targets_BT) / self._micro_batches
             loss.backward()
             total += loss.detach()
+            liveness.part_done()
+        if faults.reach("gradient"):
+            next(self.model.parameters()).grad.fill_(float("nan"))
         self._optimizers.set_schedule(lr_scale=lr_scale, momentum=muon_momentum(self.config, step))
         self._optimizers.step()
         bad = torch.where(total.isfinite(), NEVER, step + 1)
         self._first_bad_step = torch.minimum(self._first_bad_step, bad)
         return total
 
-    def _agreed_times(self) -> tuple[float, float]:
-        """Rank 0's training time and its forecast of the next step's end, so that all ranks decide alike."""
-        elapsed, end = self.ranks.broadcast_numbers([self._clock.seconds, self._clock.end_of_next_step()])
-        return elapsed, end
+    def _agree(self, step: int) -> tuple[float, float, bool, bool]:
+        """What all ranks have to do alike, as rank 0 sees it, in one message between hosts.
+
+        Returns:
+            its training time; its forecast of the next step's end; whether a checkpoint is due; whether to stop, of
+            which the watchdog tells rank 0 where it was another rank that was asked.
+        """
+        seconds = self._clock.seconds
+        save = self.ranks.is_main and self._checkpoints is not None and self._checkpoints.due(step, seconds)
+        stop = self._stop is not None and self._stop.requested != ""
+        elapsed, end, save, stop = self.ranks.broadcast_numbers([seconds, self._clock.end_of_next_step(), save, stop])
+        return elapsed, end, bool(save), bool(stop)
+
+    def _save(self, step: int) -> None:
+        """Copies everything and has it written; for all ranks together."""
+        started = time.perf_counter()
+        tensors = self._training.copied()
+        if self._checkpoints is None or not self.ranks.is_main:
+            return
+        state = replace(
+            self._checkpoints.start,
+            step=step,
+            train_seconds=self._clock.seconds,
+            slowest_step=self._clock.slowest,
+            ended=self._ended,
+            last_logged=self._last_logged,
+            averaged_copies=self.average.copies,
+            batches=self._batches.state_dict(),
+        )
+        self._checkpoints.write(state, tensors, held_seconds=time.perf_counter() - started)
+
+    def _stop_here(self, step: int) -> None:
+        assert self._stop is not None
+        self._stop.request("rank 0")  # which may have heard of it first
+        self._clock.pause()
+        self._check_finite()
+        if self._checkpoints is not None:
+            if step:
+                self._save(step)
+            self._checkpoints.wait(insist=True)
+        self.log.event("stopped", step=step, by=self._stop.requested)
+        raise Stopped(f"after step {step} of {self.config.iterations}")
 
     def _status(self, step: int, elapsed: float) -> tuple[int, dict[str, str]]:
         """How many steps the run will have, by its speed so far, and what stands beside the progress bar."""
@@ -186,6 +278,7 @@ class Trainer:
 
     def _log_validation(self, step: int, progress: Progress) -> None:
         assert self._validate is not None
+        liveness.enter("validation")
         self._clock.pause()
         self._check_finite()
         self.model.eval()
@@ -195,6 +288,7 @@ class Trainer:
         progress.update(0, bpb=f"{self._bpb:.4f}")
         progress.write(f"step:{step}/{self.config.iterations} val_bpb_training:{self._bpb:.4f} at {seconds:.1f}s")
         self.log.event("validation", step=step, val_bpb_training=self._bpb, train_seconds=seconds)
+        liveness.enter("training", slow=False)
         self._clock.resume()
 
     def _check_finite(self) -> None:

@@ -1,5 +1,6 @@
 """The loader: which tokens each rank gets, exactly, and that its position survives anything."""
 
+import errno
 import itertools
 import json
 import sys
@@ -250,7 +251,8 @@ def test_a_position_goes_over_to_another_number_of_ranks(shards_of):
             "number 1 of its shards is 'count_train_000001.bin:41', this run's is 'count_train_000001.bin:50'",
         ),
         ({"shards": None}, "its shards is None"),
-        ({"position": -1}, "position is -1; it must be an integer >= 0"),
+        ({"position": -1}, "position is -1; it must be an integer from 0 to"),
+        ({"position": 2**61}, "it must be an integer from 0 to"),
         ({"position": 2.0}, "position is 2.0"),
         ({"position": True}, "position is True"),
         ({"position": None}, "position is None"),
@@ -313,7 +315,7 @@ class FailingStream:
         return {}
 
 
-@pytest.mark.parametrize("error", [OSError("disk gone"), MemoryError(), KeyError("x")])
+@pytest.mark.parametrize("error", [RuntimeError("gone"), MemoryError(), KeyError("x")])
 def test_any_error_of_the_thread_surfaces_as_itself(error):
     with Loader(FailingStream(error), "cpu") as loader:
         assert take(loader, 2) == [([[0, 0]], [[1, 1]]), ([[1, 1]], [[2, 2]])]
@@ -321,6 +323,13 @@ def test_any_error_of_the_thread_surfaces_as_itself(error):
             with pytest.raises(type(error)) as caught:
                 next(loader)
             assert caught.value is error
+
+
+def test_a_disk_that_fails_is_an_error_of_the_data():
+    with Loader(FailingStream(OSError(errno.EIO, "Input/output error")), "cpu") as loader:
+        take(loader, 2)
+        with pytest.raises(DataError, match="cannot read the training shards: Input/output error"):
+            next(loader)
 
 
 def test_reading_ahead_is_bounded():

@@ -101,3 +101,19 @@ def test_the_weights_stay_the_parameters_they_were():
     average.apply()
     assert [weight.data_ptr() for weight in weights] == pointers
     assert all(weight.requires_grad for weight in weights)
+
+
+def test_goes_on_from_what_was_saved():
+    weights = parameters()
+    average, other = WeightAverage(weights), WeightAverage(weights)
+    other.load(0, [])
+    assert other.copies == 0
+    for seed in range(3):
+        randomise(weights, seed)
+        average.add()
+    other.load(average.copies, average.means)
+    randomise(weights, 3)
+    average.add()
+    other.add()
+    assert other.copies == 4
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(average.means, other.means, strict=True))

@@ -11,7 +11,7 @@ import torch
 from golfmodel.config import Config
 from golfmodel.model.gpt import GPT
 from golfmodel.model.parameters import Group, parameter_specs
-from golfmodel.optim.groups import Optimizers
+from golfmodel.optim.groups import Optimizers, state_shapes
 
 CONFIG = Config(
     num_layers=2,
@@ -228,3 +228,41 @@ def test_reset_is_as_if_no_step_had_been_taken():
     second = take_steps(model, optimizers)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, start, strict=True))
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(UNTIED, compute_dtype="bfloat16")])
+def test_state_goes_on_where_it_was_taken(config):
+    """Two steps, the state into another model's optimizers, a third step on both: the same bits."""
+    model, optimizers = fresh(config)
+    for seed in (1, 2):
+        set_gradients(model, seed)
+        optimizers.step()
+    tensors = {name: tensor.clone() for name, tensor in optimizers.state_tensors().items()}
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    with torch.device("meta"):
+        assert shapes == state_shapes(GPT(config))
+    other, others = fresh(config)
+    other.load_state_dict(model.state_dict())
+    others.load_state_tensors(tensors)
+    for each, its in ((model, optimizers), (other, others)):
+        set_gradients(each, 3)
+        its.step()
+    for (name, one), (_, another) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(one, another), name
+    # what was loaded is the optimizers' own
+    assert all(torch.equal(tensor, tensors[name]) is False for name, tensor in others.state_tensors().items())
+
+
+def test_a_parameter_without_gradients_has_no_state():
+    model, optimizers = fresh(CONFIG)
+    set_gradients(model, 1)
+    parameters = dict(model.named_parameters())
+    without = [named(model, group)[0] for group in (Group.MATRIX, Group.SCALAR)]
+    for name in without:
+        parameters[name].grad = None
+    optimizers.step()
+    tensors = optimizers.state_tensors()
+    assert {name.rpartition(".")[0] for name in tensors} == parameters.keys() - set(without)
+    _, others = fresh(CONFIG)
+    others.load_state_tensors(tensors)
+    assert others.state_tensors().keys() == tensors.keys()

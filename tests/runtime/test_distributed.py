@@ -55,6 +55,7 @@ def speak(ranks: Ranks) -> dict[str, Any]:
         "sum": ranks.reduce_sum(counts).tolist(),
         "min": ranks.reduce_min(counts).tolist(),
         "untouched": counts.tolist(),
+        "gathered": ranks.gather_host(torch.tensor([ranks.rank, 7], dtype=torch.uint8)).tolist(),
         "number": ranks.broadcast_number(EXACT if ranks.is_main else -1.0),
         "bytes": hashlib.sha256(ranks.broadcast_bytes(MEGABYTE if ranks.is_main else None)).hexdigest(),
     }
@@ -123,6 +124,10 @@ def test_a_number_arrives_exactly(results):
     assert [result["number"] for result in results] == [EXACT, EXACT]
 
 
+def test_every_rank_gets_what_each_has_on_its_host(results):
+    assert [result["gathered"] for result in results] == [[[0, 7], [1, 7]]] * 2
+
+
 def test_a_megabyte_arrives(results):
     assert [result["bytes"] for result in results] == [hashlib.sha256(MEGABYTE).hexdigest()] * 2
 
@@ -151,6 +156,7 @@ def test_one_rank_needs_no_group_and_changes_nothing():
         assert ranks.reduce_sum(tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
         assert ranks.reduce_min(tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
         assert ranks.broadcast_number(EXACT) == EXACT
+        assert ranks.gather_host(torch.tensor([3])).tolist() == [[3]]
         assert ranks.broadcast_bytes(b"") == b""
 
 

@@ -10,7 +10,8 @@ from golfmodel.runtime import errors
 from golfmodel.runtime.errors import GolfError, front_door
 from golfmodel.runtime.versions import PROJECT_ROOT
 
-KINDS = [errors.ConfigError, errors.DataError, errors.ArtifactError, errors.TrainingError, errors.StorageError]
+KINDS = [errors.ConfigError, errors.DataError, errors.ArtifactError, errors.CheckpointError, errors.TrainingError]
+KINDS += [errors.StorageError, errors.RankError]
 
 
 def command_that_raises(error: BaseException):
@@ -40,7 +41,9 @@ def test_an_error_of_the_user_is_one_line_and_status_2(kind, capsys):
         (errors.ConfigError, ValueError),
         (errors.DataError, ValueError),
         (errors.ArtifactError, ValueError),
+        (errors.CheckpointError, ValueError),
         (errors.TrainingError, RuntimeError),
+        (errors.RankError, RuntimeError),
         (errors.StorageError, OSError),
     ],
 )

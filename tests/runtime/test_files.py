@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from golfmodel.runtime.errors import StorageError
-from golfmodel.runtime.files import atomic_writer, write_bytes, write_json
+from golfmodel.runtime.files import atomic_path, atomic_writer, remove_temporaries, write_bytes, write_json
 
 
 def no_space(*_args: object) -> None:
@@ -130,3 +130,27 @@ def test_json_is_readable(tmp_path):
     assert json.loads(text) == value
     assert text.endswith("}\n")
     assert '\n  "val_bpb": 1.063,' in text
+
+
+def test_a_library_that_opens_files_itself_replaces_them_alike(path):
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"after")
+        assert path.read_bytes() == b"before"
+    assert path.read_bytes() == b"after"
+    with pytest.raises(StorageError, match=r"model\.golf.*No space left"), atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        no_space()
+    assert path.read_bytes() == b"after"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_goes_and_nothing_else(path):
+    below = path.parent / "checkpoints"
+    below.mkdir()
+    left = [path.parent / ".model.golf.k2_x8.tmp", below / ".step-00000001.safetensors.0a.tmp"]
+    others = [path, path.parent / ".hidden", below / "notes.tmp"]
+    for file in (*left, *others):
+        file.write_bytes(b"")
+    remove_temporaries(path.parent)
+    assert sorted(file for file in path.parent.rglob("*") if file.is_file()) == sorted(others)
+    remove_temporaries(path.parent / "absent")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from golfmodel.runtime.errors import StorageError
-from golfmodel.runtime.runlog import RunLog, new_run_id, read_events
+from golfmodel.runtime.runlog import RunLog, is_at_work, new_run_id, read_events
 
 
 def test_events_are_lines_of_json_as_they_come(tmp_path):
@@ -42,6 +42,14 @@ def test_a_line_that_was_cut_off_is_passed_over(tmp_path):
     assert [event["step"] for event in read_events(log.path)] == [1]
 
 
+def test_what_is_no_event_is_passed_over(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.event("train", step=1)
+    with log.path.open("ab") as file:
+        file.write(b"[1]\n7\n\xff\xfe\n" + b"[" * 100_000 + b"\n" + b'{"event": "train", "step": 2}\n')
+    assert [event["step"] for event in read_events(log.path)] == [1, 2]
+
+
 def test_an_existing_run_is_refused_and_kept(tmp_path):
     with RunLog(tmp_path / "one") as log:
         log.event("start")
@@ -51,6 +59,29 @@ def test_an_existing_run_is_refused_and_kept(tmp_path):
     assert str(tmp_path / "one") in str(caught.value)
     assert "RUN_ID" in str(caught.value)
     assert log.path.read_bytes() == before
+
+
+def test_a_run_is_gone_on_with_after_a_crash_in_the_middle_of_a_line(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.event("train", step=1)
+    with log.path.open("a") as file:
+        file.write('{"event": "train", "st')
+    (tmp_path / ".model.golf.x8k2.tmp").write_bytes(b"half")
+    for step in (2, 3):
+        with RunLog(tmp_path, resume=True) as log:
+            log.event("train", step=step)
+    assert [event["step"] for event in read_events(log.path)] == [1, 2, 3]
+    assert list(tmp_path.iterdir()) == [log.path]
+
+
+def test_two_processes_cannot_work_on_one_run(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.event("train", step=1)
+        assert is_at_work(tmp_path)
+        with pytest.raises(StorageError, match="another process is at work"):
+            RunLog(tmp_path, resume=True)
+    assert not is_at_work(tmp_path)
+    assert not is_at_work(tmp_path / "absent")
 
 
 def test_a_run_that_failed_before_its_first_event_may_start_again(tmp_path):

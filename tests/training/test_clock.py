@@ -78,6 +78,19 @@ def test_a_validation_does_not_make_a_step_slow(clock, now):
     assert clock.end_of_next_step() == over(2, 1)
 
 
+def test_an_earlier_process_counts(clock, now):
+    clock.restore(590.0, 2.0)
+    assert clock.slowest == 2.0
+    clock.resume()
+    assert clock.seconds == pytest.approx(590)
+    assert clock.end_of_next_step() == over(590, 2.0)
+    take_step(clock, now, 1.0)
+    assert clock.seconds == pytest.approx(591)
+    for _ in range(RECENT_STEPS - 1):
+        take_step(clock, now, 0.1)
+    assert clock.slowest == pytest.approx(1.0)
+
+
 def test_a_run_that_asks_before_each_step_keeps_its_limit(clock, now):
     """As the trainer does: it stops where the next step could end too late."""
     clock.resume()
