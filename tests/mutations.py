@@ -25,6 +25,8 @@ MUTANTS = {
     "shard in training": 2_000,
     "shard in validation": 2_000,
     "download manifest": 1_000,
+    "checkpoint file": 3_000,
+    "checkpoint state": 2_000,
     "tokenizer file": 4_000,
     "tokenizer fields": 6_000,
     "tokenizer charsmap": 1_000,

@@ -12,7 +12,6 @@ import json
 import math
 import re
 import reprlib
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from golfmodel.runtime.bounded import printable, read_bounded
 from golfmodel.runtime.errors import CheckpointError
 from golfmodel.runtime.files import atomic_path
 
@@ -100,23 +100,7 @@ def read_checkpoint_bytes(path: str | Path, max_bytes: int) -> bytes:
     Raises:
         CheckpointError: missing, not a regular file (a pipe would block), unreadable, or above `max_bytes`.
     """
-    path = Path(path)
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: not a file; expected a checkpoint")
-        if status.st_size > max_bytes:
-            raise CheckpointError(
-                f"{path}: {status.st_size:,} bytes; a checkpoint of this run has at most {max_bytes:,}"
-            )
-        with path.open("rb") as file:
-            return file.read(status.st_size)
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{path}: cannot read a checkpoint: {getattr(error, 'strerror', None) or error}"
-        ) from error
+    return read_bounded(path, max_bytes, "a checkpoint of this run", CheckpointError)
 
 
 def decode_checkpoint(data: bytes, source: str) -> Checkpoint:
@@ -132,7 +116,7 @@ def decode_checkpoint(data: bytes, source: str) -> Checkpoint:
         tensors = safetensors.torch.load(data)
         digest = _digest(metadata, tensors)
     except Exception as error:
-        raise CheckpointError(f"{source}: damaged safetensors content: {error}") from error
+        raise CheckpointError(f"{source}: damaged safetensors content: {printable(error)}") from error
     if metadata["digest"] != digest:
         raise CheckpointError(f"{source}: damaged: its digest does not match its content")
     return Checkpoint(_checked_state(metadata["state"], source), tensors)
@@ -212,7 +196,7 @@ def _json_object(text: str | bytes, what: str, source: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source}: the {what} is not JSON: {error}") from error
+        raise CheckpointError(f"{source}: the {what} is not JSON: {printable(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{source}: the {what} is a JSON {type(value).__name__}; expected an object")
     return value
