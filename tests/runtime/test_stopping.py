@@ -140,13 +140,18 @@ def test_everything_is_as_before_afterwards():
 
 
 def test_one_that_is_heard_and_granted_does_not_end_the_process_later(monkeypatch):
+    ended: list[int] = []
+    seen_to = threading.Event()
     monkeypatch.setattr(stopping, "PATIENCE_SECONDS", 0.2)
-    with StopRequest(announce=False) as stop, suppress(Stopped), stop.at_step_ends():
+    monkeypatch.setattr(stopping, "_end", ended.append)
+    stop = StopRequest(announce=False)
+    see_to_it = stop._see_to_it
+    monkeypatch.setattr(stop, "_see_to_it", lambda: (see_to_it(), seen_to.set()))
+    with suppress(Stopped), stop, stop.at_step_ends():
         os.kill(os.getpid(), signal.SIGTERM)
         while not stop.requested:
             time.sleep(0.001)
         raise Stopped
     assert stop.requested == "SIGTERM"
-    for thread in threading.enumerate():
-        if thread.name == "stop":
-            thread.join()
+    assert seen_to.wait(60)
+    assert ended == []
