@@ -26,12 +26,17 @@ from golfmodel.model.parameters import Storage
 from golfmodel.runtime.bounded import printable, read_bounded
 from golfmodel.runtime.errors import ArtifactError
 from golfmodel.runtime.files import write_bytes
+from golfmodel.runtime.metadata import Format, checked_metadata, json_object
 
-FORMAT = "golfmodel-artifact"
-VERSION = "1"
+FORMAT = Format(
+    what="an artifact",
+    name="golfmodel-artifact",
+    version="1",
+    entries={"format", "version", "config", "schemes", "tokenizer", "digest"},
+    max_header_bytes=2**20,
+    error=ArtifactError,
+)
 MAX_FILE_BYTES = 64 * 2**20
-MAX_HEADER_BYTES = 2**20
-_METADATA_KEYS = {"format", "version", "config", "schemes", "tokenizer", "digest"}
 _NAME_RULE = "at most 200 letters, digits, dots and underscores, the first a letter or digit"
 _DTYPE_NAMES = {torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
 
@@ -102,7 +107,7 @@ def decode_artifact(data: bytes, source: str) -> Artifact:
         flat = safetensors.torch.load(blob)
     except Exception as error:
         raise ArtifactError(f"{source}: damaged safetensors content: {printable(error)}") from error
-    config = _json_object(metadata["config"], "config", source)
+    config = json_object(metadata["config"], "config", source, ArtifactError)
     tensors = _assembled(_checked_schemes(metadata["schemes"], source), flat, source)
     if metadata["digest"] != _content_digest(metadata, flat):
         raise ArtifactError(f"{source}: the content does not match its SHA-256 digest")
@@ -131,8 +136,8 @@ def _blob(artifact: Artifact) -> bytes:
     flat = flat_tensors(artifact.tensors)
     schemes = {name: tensor.storage.value for name, tensor in artifact.tensors.items()}
     metadata = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": FORMAT.name,
+        "version": FORMAT.version,
         "config": _json_text(artifact.config),
         "schemes": json.dumps(schemes, sort_keys=True),
         "tokenizer": artifact.tokenizer_digest,
@@ -150,9 +155,9 @@ def _blob(artifact: Artifact) -> bytes:
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that every tensor is aligned to its dtype
-    if len(text) > MAX_HEADER_BYTES:
+    if len(text) > FORMAT.max_header_bytes:
         raise ArtifactError(
-            f"the names, shapes and config take {len(text):,} bytes; a reader accepts {MAX_HEADER_BYTES:,}"
+            f"the names, shapes and config take {len(text):,} bytes; a reader accepts {FORMAT.max_header_bytes:,}"
         )
     return b"".join([len(text).to_bytes(8, "little"), text, *map(tensor_bytes, flat.values())])
 
@@ -175,19 +180,7 @@ def _check(artifact: Artifact) -> None:
 
 
 def _checked_metadata(blob: bytes, source: str) -> dict[str, str]:
-    size = int.from_bytes(blob[:8], "little")
-    if size > min(MAX_HEADER_BYTES, len(blob) - 8):
-        raise ArtifactError(f"{source}: not a safetensors blob: a header of {size:,} bytes in {len(blob):,}")
-    metadata = _json_object(blob[8 : 8 + size], "safetensors header", source).get("__metadata__")
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ArtifactError(f"{source}: not an artifact: the safetensors metadata is missing or not text")
-    if metadata.get("format") != FORMAT:
-        raise ArtifactError(f"{source}: format {reprlib.repr(metadata.get('format'))}; expected {FORMAT!r}")
-    if metadata.get("version") != VERSION:
-        version = reprlib.repr(metadata.get("version"))
-        raise ArtifactError(f"{source}: format version {version}; this program reads {VERSION!r}")
-    if odd := metadata.keys() ^ _METADATA_KEYS:
-        raise ArtifactError(f"{source}: metadata entries missing or unknown: {_listed(odd)}")
+    metadata = checked_metadata(blob, FORMAT, source)
     if not _is_digest(metadata["tokenizer"]):
         digest = reprlib.repr(metadata["tokenizer"])
         raise ArtifactError(f"{source}: tokenizer digest {digest}; expected 64 hexadecimal digits")
@@ -196,7 +189,7 @@ def _checked_metadata(blob: bytes, source: str) -> dict[str, str]:
 
 def _checked_schemes(text: str, source: str) -> dict[str, Storage]:
     allowed = {storage.value: storage for storage in VALUE_DTYPE}
-    schemes = _json_object(text, "schemes", source)
+    schemes = json_object(text, "schemes", source, ArtifactError)
     for name, value in schemes.items():
         if not _is_name(name):
             raise ArtifactError(f"{source}: parameter {reprlib.repr(name)}: a name is {_NAME_RULE}")
@@ -246,16 +239,6 @@ def _json_text(config: dict[str, Any]) -> str:
         return json.dumps(config, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"the config is not plain JSON values: {error}") from error
-
-
-def _json_object(text: str | bytes, what: str, source: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{source}: the {what} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{source}: the {what} is a JSON {type(value).__name__}; expected an object")
-    return value
 
 
 def _is_name(text: str) -> bool:

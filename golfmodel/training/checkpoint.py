@@ -24,12 +24,17 @@ from torch import Tensor
 from golfmodel.runtime.bounded import printable, read_bounded
 from golfmodel.runtime.errors import CheckpointError
 from golfmodel.runtime.files import atomic_path
+from golfmodel.runtime.metadata import Format, checked_metadata, json_object
 
-FORMAT = "golfmodel-checkpoint"
-VERSION = "1"
-MAX_HEADER_BYTES = 16 * 2**20
+FORMAT = Format(
+    what="a checkpoint",
+    name="golfmodel-checkpoint",
+    version="1",
+    entries={"format", "version", "state", "digest"},
+    max_header_bytes=16 * 2**20,
+    error=CheckpointError,
+)
 MAX_STEP = 10**9
-_METADATA_KEYS = {"format", "version", "state", "digest"}
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,8 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         StorageError: the file cannot be written; an earlier file stays whole.
     """
     metadata = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": FORMAT.name,
+        "version": FORMAT.version,
         "state": json.dumps(dataclasses.asdict(checkpoint.state), sort_keys=True, allow_nan=False),
     }
     metadata["digest"] = _digest(metadata, checkpoint.tensors)
@@ -111,7 +116,7 @@ def decode_checkpoint(data: bytes, source: str) -> Checkpoint:
     Raises:
         CheckpointError: `data` is damaged, foreign or inconsistent; starts with `source`.
     """
-    metadata = _checked_metadata(data, source)
+    metadata = checked_metadata(data, FORMAT, source)
     try:
         tensors = safetensors.torch.load(data)
         digest = _digest(metadata, tensors)
@@ -122,25 +127,8 @@ def decode_checkpoint(data: bytes, source: str) -> Checkpoint:
     return Checkpoint(_checked_state(metadata["state"], source), tensors)
 
 
-def _checked_metadata(data: bytes, source: str) -> dict[str, str]:
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise CheckpointError(f"{source}: not a checkpoint, or cut short: a header of {size:,} bytes in {len(data):,}")
-    metadata = _json_object(data[8 : 8 + size], "safetensors header", source).get("__metadata__")
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{source}: not a checkpoint: the safetensors metadata is missing or not text")
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{source}: format {reprlib.repr(metadata.get('format'))}; expected {FORMAT!r}")
-    if metadata.get("version") != VERSION:
-        version = reprlib.repr(metadata.get("version"))
-        raise CheckpointError(f"{source}: format version {version}; this program reads {VERSION!r}")
-    if odd := metadata.keys() ^ _METADATA_KEYS:
-        raise CheckpointError(f"{source}: metadata entries missing or unknown: {reprlib.repr(sorted(odd))}")
-    return metadata
-
-
 def _checked_state(text: str, source: str) -> RunState:
-    values = _json_object(text, "state", source)
+    values = json_object(text, "state", source, CheckpointError)
     expected = {each.name for each in dataclasses.fields(RunState)}
     if odd := values.keys() ^ expected:
         raise CheckpointError(f"{source}: state entries missing or unknown: {reprlib.repr(sorted(odd))}")
@@ -190,13 +178,3 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _json_object(text: str | bytes, what: str, source: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source}: the {what} is not JSON: {printable(error)}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{source}: the {what} is a JSON {type(value).__name__}; expected an object")
-    return value

@@ -133,9 +133,9 @@ def test_what_the_digest_does_not_match_is_refused(change: Callable[[Forgery], o
 @pytest.mark.parametrize(
     ("blob", "message"),
     [
-        (b"", "not a safetensors blob"),
-        (b"\0" * 7, "not a safetensors blob"),
-        (b"\xff" * 64, "not a safetensors blob: a header of 18,446,744,073,709,551,615 bytes in 64"),
+        (b"", "not an artifact, or cut short"),
+        (b"\0" * 7, "not an artifact, or cut short"),
+        (b"\xff" * 64, "not an artifact, or cut short: a header of 18,446,744,073,709,551,615 bytes in 64"),
         ((57).to_bytes(8, "little") + b"{}" + b" " * 54, "a header of 57 bytes in 64"),
         ((2**20 + 1).to_bytes(8, "little") + b" " * (2**20 + 1), "a header of 1,048,577 bytes"),
         (header_and_body(b""), "safetensors header is not JSON"),
