@@ -21,9 +21,11 @@ def is_traced(arguments: Iterable[Any]) -> bool:
 
 
 def _stands_in(argument: Any) -> bool:
+    if type(argument) in _PLAIN:  # most are, so this is asked first
+        return False
     if isinstance(argument, (list, tuple)):
         return any([_stands_in(entry) for entry in argument])
-    return isinstance(argument, Tensor) and type(argument) not in _PLAIN
+    return isinstance(argument, Tensor)
 
 
 def is_captured(tensor: Tensor) -> bool:

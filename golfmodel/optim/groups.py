@@ -85,8 +85,8 @@ class Optimizers:
         self.adam.grad_scale = None if clip is None else clip[1]
         self.adam.step()
         finish_step()
-        for optimizer in self.all:
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in (*self._matrices, *self._others):
+            parameter.grad = None
 
     def _clip(self) -> Tensor | None:
         """What gradients are to be multiplied by so that their global norm is within bounds, and its inverse: `[2]`."""
