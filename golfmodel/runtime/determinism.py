@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch._inductor.config
 
 CUBLAS_VARIABLE, CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 
@@ -22,7 +21,9 @@ def determinism(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    inductor, cudnn = torch._inductor.config, torch.backends.cudnn
+    from torch._inductor import config as inductor  # noqa: PLC0415  (0.8 s that only this mode needs at every start)
+
+    cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     before_cudnn = cudnn.deterministic, cudnn.benchmark
     before_inductor = getattr(inductor, "deterministic", None)  # newer than torch 2.9
