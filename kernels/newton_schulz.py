@@ -99,7 +99,9 @@ def newton_schulz(
         shares memory with an input; they need not be contiguous, and those of a list may share one piece of
         memory. Zeros give zeros; a NaN or an infinity anywhere in a matrix makes that whole matrix NaN.
 
-        A matrix's result does not depend on what else is in the list. Where a gradient is asked for, for float64, and
+        A matrix's result does not depend on what else is in the list. The kernel rounds a matrix to bfloat16 before it
+        divides by the norm, and takes long ones by their Gram matrix (`kernels.newton_schulz_plan`), so its result is
+        not the reference's to the bit. Where a gradient is asked for, for float64, and
         in a CUDA graph's capture, the reference runs.
 
     Raises:
