@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -16,8 +15,10 @@ import torch
 
 from golfmodel.config import Config
 from golfmodel.model.gpt import GPT
+from golfmodel.runtime.bounded import read_bounded
 from golfmodel.runtime.distributed import Ranks
 from golfmodel.runtime.errors import CheckpointError, ConfigError
+from golfmodel.runtime.metadata import json_object
 from golfmodel.runtime.runlog import LOG_NAME, is_at_work, new_run_id, read_events
 from golfmodel.runtime.versions import code_digest
 from golfmodel.training.checkpoint import Checkpoint, RunState, decode_checkpoint, read_checkpoint_bytes
@@ -190,12 +191,13 @@ def _has_begun(directory: Path) -> bool:
 
 def _config_of(directory: Path) -> dict[str, Any] | None:
     """The options that a run was started with; None where they cannot be read."""
+    path = directory / CONFIG_NAME
     try:
-        with (directory / CONFIG_NAME).open("rb") as file:
-            values = json.loads(file.read(_MAX_CONFIG_BYTES))
-    except (OSError, ValueError, RecursionError):
+        return json_object(
+            read_bounded(path, _MAX_CONFIG_BYTES, "a config", ConfigError), "config", str(path), ConfigError
+        )
+    except ConfigError:
         return None
-    return values if isinstance(values, dict) else None
 
 
 def _refuse(directory: Path, differences: list[str]) -> None:
