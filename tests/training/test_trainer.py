@@ -81,10 +81,11 @@ def test_a_training_run_opens_training_shards_and_no_validation_shard(tiny_confi
 
 
 def test_stops_within_the_time_limit(tiny_config, tmp_path):
-    config = dataclasses.replace(tiny_config, max_wallclock_seconds=1.5, iterations=10**6, train_log_every=10**6)
+    # On a busy machine a first slow step makes the forecast end a run early: at 1.5 s it took 3 steps once.
+    config = dataclasses.replace(tiny_config, max_wallclock_seconds=3.0, iterations=10**6, train_log_every=10**6)
     _, result, _, _ = train(config, tmp_path / "run")
-    assert 0.5 < result.seconds <= 1.5
-    assert result.steps > 1
+    assert 1.0 < result.seconds <= 3.0
+    assert result.steps > 3
 
 
 def test_validation_time_is_not_training_time(tiny_config, tmp_path):
