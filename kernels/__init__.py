@@ -9,6 +9,7 @@ from kernels.int6 import dequantize_int6, fake_quantize_int6, quantize_int6
 from kernels.int6_packing import pack_int6, unpack_int6
 from kernels.newton_schulz import newton_schulz
 from kernels.smear_gate import smear_gate
+from kernels.squared_relu_mlp import squared_relu_mlp
 
 __all__ = [
     "bigram_hash",
@@ -20,5 +21,6 @@ __all__ = [
     "pack_int6",
     "quantize_int6",
     "smear_gate",
+    "squared_relu_mlp",
     "unpack_int6",
 ]

@@ -105,6 +105,12 @@ def input_stage(
     return smear_gate(x_BTD, gate_D, document_start_BT).to(token_table_VD.dtype)
 
 
+def squared_relu_mlp(x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD: Tensor | None = None) -> Tensor:
+    """residual + relu(x up^T)^2 down^T, each product in x's dtype as PyTorch multiplies it."""
+    y_BTD = F.linear(F.relu(F.linear(x_BTD, up_HD)).square(), down_DH)
+    return y_BTD if residual_BTD is None else residual_BTD + y_BTD
+
+
 def quantize_int6(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
     """scale = fp16(max|w| / 31), 1 where 0, at most 65504; codes = clamp(round(w / scale), -31, 31)."""
     # NaN becomes 0, and an infinity the largest finite number, where scale and code are saturated as well.

@@ -125,6 +125,15 @@ def _input_stage(
     return {**inputs, "document_start_BT": draw.starts(b, t)} if starts else inputs
 
 
+def _squared_relu_mlp(draw: Draw, b: int, t: int, d: int, h: int, *, added: bool) -> dict[str, Any]:
+    inputs = {
+        "x_BTD": draw.normal(b, t, d),
+        "up_HD": draw.normal(h, d, size=max(d, 1) ** -0.5),
+        "down_DH": draw.normal(d, h, size=max(h, 1) ** -0.5),
+    }
+    return {**inputs, "residual_BTD": draw.normal(b, t, d)} if added else inputs
+
+
 def _weight(draw: Draw, r: int, c: int) -> dict[str, Any]:
     return {"weight_RC": draw.normal(r, c, size=0.04)}
 
@@ -229,6 +238,20 @@ CASES: tuple[Case, ...] = (
             ("input_stage with document starts", True, False, True, _MANY_ROWS, _MANY_ROWS_RANGES),
             ("input_stage without bigrams", False, False, False, _MANY_ROWS, _MANY_ROWS_RANGES),
         )
+    ),
+    *(
+        Case(
+            name=name,
+            op="squared_relu_mlp",
+            inputs=functools.partial(_squared_relu_mlp, added=added),
+            shapes=((1, 1, 1, 1), (2, 3, 8, 16), (1, 127, 24, 520), (3, 5, 513, 127), (1, 300, 72, 264)),
+            empty=((0, 3, 4, 5), (2, 0, 8, 8), (2, 3, 0, 4), (2, 3, 4, 0)),
+            model=(48, 2048, 512, 1536),
+            ranges=((1, 3), (1, 60), (1, 100), (1, 200)),
+            dtypes=(torch.bfloat16, torch.float32, torch.float16, torch.float64),  # the kernels' first
+            differentiable=("x_BTD", "up_HD", "down_DH", *(("residual_BTD",) if added else ())),
+        )
+        for name, added in (("squared_relu_mlp", True), ("squared_relu_mlp without residual", False))
     ),
     Case(name="quantize_int6", op="quantize_int6", inputs=_weight, exact=("output", "output 1"), **_MATRICES),
     Case(name="dequantize_int6", op="dequantize_int6", inputs=_codes_and_scale, exact=("output",), **_MATRICES),

@@ -25,6 +25,19 @@ class Shape(NamedTuple):
     max_rows: int = 4096
 
 
+class Product(NamedTuple):
+    """How a matrix product is cut up."""
+
+    rows: int
+    columns: int
+    depth: int  # of a step along the inner dimension
+    num_warps: int
+    stages: int  # of the copies ahead of the products
+    programs: int  # for each processor
+    parts: int  # in which a tile is finished: 1, 2 or 4
+    flatten: bool  # whether the next tile's copies start before this one is finished
+
+
 # A kernel that needs the whole of a row at once takes any width.
 WHOLE_ROW = 2**30
 
@@ -68,3 +81,19 @@ def tile(kernel: str, columns: int, device: int) -> Tile:
     b_columns = min(next_power_of_2(columns), max_columns)
     rows = min(max(elements // b_columns, 1), max_rows)
     return Tile(rows, b_columns, min(max(rows * b_columns // per_warp, 1), 16))
+
+
+# Measured as above, at 98,304 rows and the model's widths.
+PRODUCTS: dict[tuple[int, int], dict[str, Product]] = {
+    (9, 0): {
+        "squared_relu": Product(128, 256, 64, 8, 4, 1, 2, flatten=True),
+        "added": Product(128, 256, 64, 8, 3, 1, 2, flatten=True),
+        "squared_relu_backward": Product(128, 256, 64, 8, 3, 1, 2, flatten=True),
+    }
+}
+
+
+@functools.cache
+def products(device: int) -> dict[str, Product] | None:
+    """How matrix products are cut up on a CUDA device, or on the CPU (-1); None for an architecture nobody measured."""
+    return PRODUCTS.get(torch.cuda.get_device_capability(device) if device >= 0 else (9, 0))
