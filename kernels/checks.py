@@ -89,6 +89,14 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
         raise ValueError(f"{name} is {value}; it must be {wanted}")
 
 
+def check_eps(value: object) -> None:
+    """`value` must be a number that a mean square can have added to it: not negative."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"eps must be a number, not {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"eps is {value}; it must be at least 0")
+
+
 def check_float_dtype(name: str, value: object) -> None:
     """`value` must be one of the floating dtypes that the ops take and give."""
     if value not in FLOATS:

@@ -17,6 +17,7 @@ from kernels.checks import (
     INTEGERS,
     check_device,
     check_document_start,
+    check_eps,
     check_integer,
     check_shape,
     check_tensor,
@@ -317,9 +318,6 @@ def input_stage(
         check_tensor("scale", scale, FLOATS, "")
         check_device("scale", scale, "tokens_BT", tokens_BT)
     check_document_start(document_start_BT, "tokens_BT", tokens_BT)
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, not {type(eps).__name__}")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}; it must be at least 0")
+    check_eps(eps)
     stage = dispatch.implementation("input_stage", token_table_VD)
     return stage(tokens_BT, token_table_VD, gate_D, bigram_table_KD, scale, document_start_BT, eps)
