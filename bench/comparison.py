@@ -151,18 +151,18 @@ def _forward(subject: Subject, function: Callable[..., Any], inputs: list[dict[s
 
 
 def _backward(subject: Subject, function: Callable[..., Any], inputs: list[dict[str, Any]]) -> tuple[Timed, float]:
-    """The gradients of every differentiable input, from an output and a gradient that are there already."""
-    ready: list[tuple[Tensor, list[Tensor], Tensor]] = []
+    """The gradients of every differentiable input, from outputs and their gradients that are there already."""
+    ready: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
     # a graph that is walked more than once must not give its memory away
     with torch._functorch.config.patch(donated_buffer=False):
         for arguments in inputs:
             leaves = {name: arguments[name].detach().requires_grad_() for name in subject.differentiable}
-            output = function(**{**arguments, **leaves})
-            ready.append((output, list(leaves.values()), torch.randn_like(output)))
+            outputs = list(tensors_of(function(**{**arguments, **leaves})))
+            ready.append((outputs, list(leaves.values()), [torch.randn_like(output) for output in outputs]))
 
     def gradients(index: int) -> tuple[Tensor, ...]:
-        output, leaves, upstream = ready[index]
-        return torch.autograd.grad(output, leaves, upstream, retain_graph=True)
+        outputs, leaves, upstream = ready[index]
+        return torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
 
     moved = sum(tensor.nbytes for tensor in tensors_of([inputs[0], ready[0][2], gradients(0)]))
     return gradients, moved

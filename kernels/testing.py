@@ -311,9 +311,10 @@ def upstream_of(
     """A random gradient for every output, with the numbers that `dtype` has; None where the op has no gradient."""
     if not case.differentiable:
         return None
-    output = case.definition(**arguments)
+    outputs = case.definition(**arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     draw = Draw(dtype, device, torch.Generator().manual_seed(2**31 + seed))
-    return [draw.normal(*output.shape, dtype=output.dtype)]
+    return [draw.normal(*output.shape, dtype=output.dtype) for output in outputs]
 
 
 def check(
