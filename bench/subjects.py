@@ -1,7 +1,7 @@
 """What is measured of the ops: which op, on inputs of which shape and dtype, and how much work that is.
 
 Shapes are written as in `kernels.testing`: smear_gate B x T x D, bigram_hash B x T x K, bigram_hash_embed
-B x T x K x D, input_stage B x T x V x K x D, the int6 ops R x C.
+B x T x K x D, input_stage B x T x V x K x D, qk_norm_rotary B x T x H x G x h, the int6 ops R x C.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ _GPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
     "bigram_hash": ((8, 2048, 2048), (48, 2048, 2048)),
     "bigram_hash_embed": ((8, 2048, 2048, 512), (48, 2048, 2048, 512)),
     "input_stage": ((8, 2048, 1024, 2048, 512), (48, 2048, 1024, 2048, 512)),
+    "qk_norm_rotary": ((8, 2048, 8, 4, 64), (48, 2048, 8, 4, 64)),
     "quantize_int6": _MATRICES,
     "dequantize_int6": _MATRICES,
     "fake_quantize_int6 to bfloat16": _MATRICES,
@@ -87,6 +88,7 @@ _CPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
     "bigram_hash": ((8, 256, 1024),),
     "bigram_hash_embed": ((8, 256, 1024, 128),),
     "input_stage": ((8, 256, 1024, 1024, 128),),
+    "qk_norm_rotary": ((8, 256, 4, 2, 32),),
     **{name: ((384, 128),) for name in _GPU_SHAPES if "int6" in name},
 }
 # What the model computes in: 16-bit activations, float32 weights. The others say what goes in.

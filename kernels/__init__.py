@@ -8,6 +8,7 @@ from kernels.input_stage import input_stage
 from kernels.int6 import dequantize_int6, fake_quantize_int6, quantize_int6
 from kernels.int6_packing import pack_int6, unpack_int6
 from kernels.newton_schulz import newton_schulz
+from kernels.qk_norm_rotary import qk_norm_rotary
 from kernels.smear_gate import smear_gate
 from kernels.squared_relu_mlp import squared_relu_mlp
 
@@ -19,6 +20,7 @@ __all__ = [
     "input_stage",
     "newton_schulz",
     "pack_int6",
+    "qk_norm_rotary",
     "quantize_int6",
     "smear_gate",
     "squared_relu_mlp",

@@ -4,7 +4,8 @@ float64 inputs are computed in float64, every other dtype in float32, and the re
 here checks its arguments: the public functions of `kernels` do, and hand over to these.
 
 Shapes: B batch, T time, D channels, K buckets, R rows, C columns, G groups of four columns; N matrices of S
-rows and L columns, S <= L.
+rows and L columns, S <= L. Of attention: H query heads, G key/value heads, I = H + G, J = H + 2 G, h head size,
+C = J h, F = h / 2.
 """
 
 from __future__ import annotations
@@ -103,6 +104,23 @@ def input_stage(
         x_BTD = x_BTD + bigram_hash_embed(tokens_BT, bigram_table_KD.to(dtype), scale, document_start_BT)
     x_BTD = F.rms_norm(x_BTD, (x_BTD.shape[-1],), eps=eps)
     return smear_gate(x_BTD, gate_D, document_start_BT).to(token_table_VD.dtype)
+
+
+def qk_norm_rotary(
+    qkv_BTC: Tensor, gain_H: Tensor, cos_TF: Tensor, sin_TF: Tensor, num_kv_heads: int, eps: float = 2.0**-23
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q = gain * rotate(rms_norm(query head)), k = rotate(rms_norm(key head)), v = a copy of the value head."""
+    dtype = _compute_dtype(qkv_BTC.dtype)
+    heads, size = gain_H.shape[0], 2 * cos_TF.shape[1]
+    heads_BTJh = qkv_BTC.unflatten(2, (heads + 2 * num_kv_heads, size))
+    qk_BTIh = F.rms_norm(heads_BTJh[:, :, : heads + num_kv_heads].to(dtype), (size,), eps=eps)
+    first, second = qk_BTIh.chunk(2, dim=-1)
+    cos, sin = cos_TF.to(dtype)[:, None], sin_TF.to(dtype)[:, None]
+    qk_BTIh = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    q_BTHh = (qk_BTIh[:, :, :heads] * gain_H.to(dtype)[:, None]).to(qkv_BTC.dtype)
+    k_BTGh = qk_BTIh[:, :, heads:].to(qkv_BTC.dtype).contiguous()
+    v_BTGh = heads_BTJh[:, :, heads + num_kv_heads :].clone(memory_format=torch.contiguous_format)
+    return q_BTHh, k_BTGh, v_BTGh
 
 
 def squared_relu_mlp(x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD: Tensor | None = None) -> Tensor:

@@ -125,6 +125,19 @@ def _input_stage(
     return {**inputs, "document_start_BT": draw.starts(b, t)} if starts else inputs
 
 
+def _qk_norm_rotary(draw: Draw, b: int, t: int, heads: int, kv_heads: int, size: int) -> dict[str, Any]:
+    size -= size % 2  # random shapes have odd ones
+    frequencies = 1000.0 ** -torch.linspace(0, 1, size // 2, dtype=torch.float64)
+    angle_TF = torch.outer(torch.arange(t, dtype=torch.float64), frequencies)
+    return {
+        "qkv_BTC": draw.normal(b, t, (heads + 2 * kv_heads) * size),
+        "gain_H": 1.5 + draw.normal(heads, dtype=_wide(draw.dtype)),
+        "cos_TF": angle_TF.cos().to(draw.device, draw.dtype),
+        "sin_TF": angle_TF.sin().to(draw.device, draw.dtype),
+        "num_kv_heads": kv_heads,
+    }
+
+
 def _squared_relu_mlp(draw: Draw, b: int, t: int, d: int, h: int, *, added: bool) -> dict[str, Any]:
     inputs = {
         "x_BTD": draw.normal(b, t, d),
@@ -238,6 +251,18 @@ CASES: tuple[Case, ...] = (
             ("input_stage with document starts", True, False, True, _MANY_ROWS, _MANY_ROWS_RANGES),
             ("input_stage without bigrams", False, False, False, _MANY_ROWS, _MANY_ROWS_RANGES),
         )
+    ),
+    Case(
+        name="qk_norm_rotary",
+        op="qk_norm_rotary",
+        inputs=_qk_norm_rotary,
+        shapes=((1, 1, 1, 1, 2), (2, 5, 8, 4, 64), (3, 7, 6, 4, 6), (1, 127, 3, 1, 48), (2, 140, 2, 3, 128)),
+        empty=((0, 3, 4, 2, 8), (2, 0, 4, 2, 8)),
+        model=(48, 2048, 8, 4, 64),
+        ranges=((1, 3), (1, 40), (1, 9), (1, 5), (2, 40)),
+        differentiable=("qkv_BTC", "gain_H"),
+        by_element=("output", "output 1"),
+        exact=("output 2",),
     ),
     *(
         Case(
