@@ -137,7 +137,7 @@ def compare(
             times=measured,
             ceilings=ceilings,
             bytes_moved=moved,
-            flops=0.0 if name == COPY else subject.flops,
+            flops=0.0 if name == COPY else subject.flops * (2 if direction == "backward" else 1),
             speedups={other: times[other].median / measured.median for other in others},
             equivalence=passed if ours else "not checked",
         )

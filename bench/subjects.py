@@ -1,12 +1,14 @@
 """What is measured of the ops: which op, on inputs of which shape and dtype, and how much work that is.
 
 Shapes are written as in `kernels.testing`: smear_gate B x T x D, bigram_hash B x T x K, bigram_hash_embed
-B x T x K x D, input_stage B x T x V x K x D, qk_norm_rotary B x T x H x G x h, the int6 ops R x C.
+B x T x K x D, input_stage B x T x V x K x D, qk_norm_rotary B x T x H x G x h, squared_relu_mlp
+B x T x D x H, the int6 ops R x C.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +40,7 @@ class Subject:
     checked_as: str  # subjects of one op, dtype and name of a check stand or fall together
     check: Callable[[torch.device], None]  # raises `kernels.testing.MismatchError`
     differentiable: Sequence[str] = ()
-    flops: float = 0.0  # of a forward pass; 0 where bytes are what takes the time
+    flops: float = 0.0  # forward, and twice that backward; 0 where bytes are what takes the time
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -77,6 +79,7 @@ _GPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
     "bigram_hash_embed": ((8, 2048, 2048, 512), (48, 2048, 2048, 512)),
     "input_stage": ((8, 2048, 1024, 2048, 512), (48, 2048, 1024, 2048, 512)),
     "qk_norm_rotary": ((8, 2048, 8, 4, 64), (48, 2048, 8, 4, 64)),
+    "squared_relu_mlp": ((8, 2048, 512, 1536), (48, 2048, 512, 1536)),
     "quantize_int6": _MATRICES,
     "dequantize_int6": _MATRICES,
     "fake_quantize_int6 to bfloat16": _MATRICES,
@@ -89,6 +92,7 @@ _CPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
     "bigram_hash_embed": ((8, 256, 1024, 128),),
     "input_stage": ((8, 256, 1024, 1024, 128),),
     "qk_norm_rotary": ((8, 256, 4, 2, 32),),
+    "squared_relu_mlp": ((8, 256, 128, 384),),
     **{name: ((384, 128),) for name in _GPU_SHAPES if "int6" in name},
 }
 # What the model computes in: 16-bit activations, float32 weights. The others say what goes in.
@@ -124,6 +128,7 @@ def _of_case(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Subject:
         check=functools.partial(_check_case, case, dtype),
         # the gradient of a fake quantization is the one it was given
         differentiable=() if case.op == "fake_quantize_int6" else case.differentiable,
+        flops=4.0 * math.prod(shape) if case.op == "squared_relu_mlp" else 0.0,
     )
 
 
