@@ -3,6 +3,7 @@
 `GOLF_KERNELS` picks which of the two runs; see `kernels.dispatch`.
 """
 
+from kernels.add_rms_norm import add_rms_norm
 from kernels.bigram_hash import bigram_hash, bigram_hash_embed
 from kernels.input_stage import input_stage
 from kernels.int6 import dequantize_int6, fake_quantize_int6, quantize_int6
@@ -13,6 +14,7 @@ from kernels.smear_gate import smear_gate
 from kernels.squared_relu_mlp import squared_relu_mlp
 
 __all__ = [
+    "add_rms_norm",
     "bigram_hash",
     "bigram_hash_embed",
     "dequantize_int6",

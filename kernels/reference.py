@@ -106,6 +106,29 @@ def input_stage(
     return smear_gate(x_BTD, gate_D, document_start_BT).to(token_table_VD.dtype)
 
 
+def add_rms_norm(
+    x_BTD: Tensor,
+    y_BTD: Tensor,
+    x_scale_D: Tensor | None = None,
+    y_scale_D: Tensor | None = None,
+    skip_BTD: Tensor | None = None,
+    skip_scale_D: Tensor | None = None,
+    eps: float = 2.0**-23,
+) -> tuple[Tensor, Tensor]:
+    """sum = x_scale * (x + skip_scale * skip) + y_scale * y, and rms_norm(sum)."""
+    dtype = _compute_dtype(x_BTD.dtype)
+
+    def scaled(term_BTD: Tensor, scale_D: Tensor | None) -> Tensor:
+        return term_BTD.to(dtype) if scale_D is None else term_BTD.to(dtype) * scale_D.to(dtype)
+
+    stream_BTD = x_BTD.to(dtype)
+    if skip_BTD is not None:
+        stream_BTD = stream_BTD + scaled(skip_BTD, skip_scale_D)
+    sum_BTD = scaled(stream_BTD, x_scale_D) + scaled(y_BTD, y_scale_D)
+    normed_BTD = F.rms_norm(sum_BTD, (sum_BTD.shape[-1],), eps=eps)
+    return sum_BTD.to(x_BTD.dtype), normed_BTD.to(x_BTD.dtype)
+
+
 def qk_norm_rotary(
     qkv_BTC: Tensor, gain_H: Tensor, cos_TF: Tensor, sin_TF: Tensor, num_kv_heads: int, eps: float = 2.0**-23
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -125,6 +125,13 @@ def _input_stage(
     return {**inputs, "document_start_BT": draw.starts(b, t)} if starts else inputs
 
 
+def _add_rms_norm(draw: Draw, b: int, t: int, d: int, *, scaled: bool, skip: bool) -> dict[str, Any]:
+    inputs = {name: draw.normal(b, t, d) for name in ("x_BTD", "y_BTD", *(("skip_BTD",) if skip else ()))}
+    if scaled:
+        inputs.update({name.replace("BTD", "scale_D"): draw.normal(d, dtype=_wide(draw.dtype)) for name in inputs})
+    return inputs
+
+
 def _qk_norm_rotary(draw: Draw, b: int, t: int, heads: int, kv_heads: int, size: int) -> dict[str, Any]:
     size -= size % 2  # random shapes have odd ones
     frequencies = 1000.0 ** -torch.linspace(0, 1, size // 2, dtype=torch.float64)
@@ -250,6 +257,31 @@ CASES: tuple[Case, ...] = (
             ("input_stage", True, True, False, _FEW_ROWS, ((1, 2), (1, 2), (1, 3), (2, 4), (1, 200))),
             ("input_stage with document starts", True, False, True, _MANY_ROWS, _MANY_ROWS_RANGES),
             ("input_stage without bigrams", False, False, False, _MANY_ROWS, _MANY_ROWS_RANGES),
+        )
+    ),
+    *(
+        Case(
+            name=name,
+            op="add_rms_norm",
+            inputs=functools.partial(_add_rms_norm, scaled=scaled, skip=skip),
+            # in one or two channels a gradient is a difference that cancels: the op's own tests have those
+            shapes=((1, 1, 3), (2, 3, 127), (3, 127, 3), (1, 2, 513), (1, 150, 200)),
+            empty=((0, 3, 4), (2, 0, 4)),
+            model=(48, 2048, 512),
+            ranges=((1, 3), (1, 60), (3, 300)),
+            differentiable=(
+                *("x_BTD", "y_BTD"),
+                *(("skip_BTD",) if skip else ()),
+                *(("x_scale_D", "y_scale_D") if scaled else ()),
+                *(("skip_scale_D",) if scaled and skip else ()),
+            ),
+            by_element=("output", "output 1"),
+            exact=() if scaled else ("output",),
+        )
+        for name, scaled, skip in (
+            ("add_rms_norm", False, False),
+            ("add_rms_norm with scales", True, False),
+            ("add_rms_norm with skip", True, True),
         )
     ),
     Case(
