@@ -67,12 +67,14 @@ def slow_add_rms_norm(arguments, upstream, eps=2.0**-23):
         total_size = x_scale.abs() * stream_size + (y_scale * y[b, t]).abs()
         rms = (sum(float(value) ** 2 for value in total) / len(total) + eps) ** 0.5
         # an error of each channel moves the length, and with it all channels
-        normed_size = (total_size + total.abs() * (total_size.norm() / (rms * len(total) ** 0.5))) / rms
+        moved = total_size.norm() / (rms * len(total) ** 0.5)
+        normed_size = (total_size + total.abs() * moved) / rms
         grad_sum, grad_normed = (grad[b, t].detach().cpu().double() for grad in upstream)
         normed = total / rms
         jacobian = (torch.eye(len(total), dtype=torch.float64) - torch.outer(normed, normed) / len(total)) / rms
         grad = grad_sum + jacobian @ grad_normed
-        grad_size = grad_sum.abs() + grad_normed.abs().sum() * (1 + normed_size.max()) ** 2 / rms
+        along = 3 * normed_size * (grad_normed.abs() * normed_size).mean()
+        grad_size = grad_sum.abs() + (1 + moved) * (grad_normed.abs() + along) / rms
         products = {
             "sum": (total, total_size),
             "normed": (normed, normed_size),
@@ -85,12 +87,11 @@ def slow_add_rms_norm(arguments, upstream, eps=2.0**-23):
             "y_scale_D": (grad * y[b, t], grad_size * y[b, t].abs()),
             "skip_scale_D": (x_scale * grad * skip[b, t], (x_scale * skip[b, t]).abs() * grad_size),
         }
-        for name, result in results.items():
-            if name in shares:
-                result += shares[name][0]
-                sizes[name] += shares[name][1]
-            else:
-                result[b, t], sizes[name][b, t] = products[name]
+        for name in results.keys() & products.keys():
+            results[name][b, t], sizes[name][b, t] = products[name]
+        for name in results.keys() & shares.keys():
+            results[name] += shares[name][0]
+            sizes[name] += shares[name][1]
     return list(results.values()), list(sizes.values())
 
 
