@@ -164,7 +164,9 @@ def _backward(subject: Subject, function: Callable[..., Any], inputs: list[dict[
         outputs, leaves, upstream = ready[index]
         return torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
 
-    moved = sum(tensor.nbytes for tensor in tensors_of([inputs[0], ready[0][2], gradients(0)]))
+    named = zip(subject.differentiable, gradients(0), strict=True)
+    counted = [value for name, value in (*inputs[0].items(), *named) if name not in subject.alike]
+    moved = sum(tensor.nbytes for tensor in tensors_of([counted, ready[0][2]]))
     return gradients, moved
 
 

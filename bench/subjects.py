@@ -1,7 +1,7 @@
 """What is measured of the ops: which op, on inputs of which shape and dtype, and how much work that is.
 
-Shapes are written as in `kernels.testing`: smear_gate B x T x D, bigram_hash B x T x K, bigram_hash_embed
-B x T x K x D, input_stage B x T x V x K x D, qk_norm_rotary B x T x H x G x h, squared_relu_mlp
+Shapes are written as in `kernels.testing`: smear_gate and add_rms_norm B x T x D, bigram_hash B x T x K,
+bigram_hash_embed B x T x K x D, input_stage B x T x V x K x D, qk_norm_rotary B x T x H x G x h, squared_relu_mlp
 B x T x D x H, the int6 ops R x C.
 """
 
@@ -40,6 +40,7 @@ class Subject:
     checked_as: str  # subjects of one op, dtype and name of a check stand or fall together
     check: Callable[[torch.device], None]  # raises `kernels.testing.MismatchError`
     differentiable: Sequence[str] = ()
+    alike: Sequence[str] = ()  # inputs whose gradient is another's, which depends on their sum alone: no bytes more
     flops: float = 0.0  # forward, and twice that backward; 0 where bytes are what takes the time
 
     @property
@@ -78,6 +79,8 @@ _GPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
     "bigram_hash": ((8, 2048, 2048), (48, 2048, 2048)),
     "bigram_hash_embed": ((8, 2048, 2048, 512), (48, 2048, 2048, 512)),
     "input_stage": ((8, 2048, 1024, 2048, 512), (48, 2048, 1024, 2048, 512)),
+    "add_rms_norm": ((8, 2048, 512), (48, 2048, 512)),
+    "add_rms_norm with skip": ((8, 2048, 512), (48, 2048, 512)),
     "qk_norm_rotary": ((8, 2048, 8, 4, 64), (48, 2048, 8, 4, 64)),
     "squared_relu_mlp": ((8, 2048, 512, 1536), (48, 2048, 512, 1536)),
     "quantize_int6": _MATRICES,
@@ -91,6 +94,8 @@ _CPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
     "bigram_hash": ((8, 256, 1024),),
     "bigram_hash_embed": ((8, 256, 1024, 128),),
     "input_stage": ((8, 256, 1024, 1024, 128),),
+    "add_rms_norm": ((8, 256, 128),),
+    "add_rms_norm with skip": ((8, 256, 128),),
     "qk_norm_rotary": ((8, 256, 4, 2, 32),),
     "squared_relu_mlp": ((8, 256, 128, 384),),
     **{name: ((384, 128),) for name in _GPU_SHAPES if "int6" in name},
@@ -104,6 +109,8 @@ _DTYPE_LABELS = {
     "pack_int6": "int8",
     "unpack_int6": "uint8",
 }
+# Where two cases of an op are measured at one shape.
+_SHAPE_ADDITIONS = {"add_rms_norm with skip": "+skip"}
 
 
 def _of_case(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Subject:
@@ -119,7 +126,7 @@ def _of_case(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Subject:
 
     return Subject(
         op=case.op,
-        shape="x".join(map(str, shape)),
+        shape="x".join(map(str, shape)) + _SHAPE_ADDITIONS.get(name, ""),
         dtype=_DTYPE_LABELS.get(case.op, str(dtype).removeprefix("torch.")),
         draw=draw,
         function=case.function,
@@ -128,6 +135,7 @@ def _of_case(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Subject:
         check=functools.partial(_check_case, case, dtype),
         # the gradient of a fake quantization is the one it was given
         differentiable=() if case.op == "fake_quantize_int6" else case.differentiable,
+        alike=("y_BTD",) if name == "add_rms_norm" else (),
         flops=4.0 * math.prod(shape) if case.op == "squared_relu_mlp" else 0.0,
     )
 

@@ -75,6 +75,13 @@ def test_bytes_are_inputs_once_and_outputs_once(direction):
     assert eager.fraction == pytest.approx(wanted / 1e10 / eager.times.median)
 
 
+def test_what_is_alike_in_a_backward_pass_counts_once():
+    """Of x + y and its norm: two gradients and the sum are read, one gradient is written."""
+    subject = subject_of("add_rms_norm")
+    rows = compare(subject, "backward", CPU, CEILINGS, rounds=2)
+    assert {row.bytes_moved for row in rows.values()} == {4 * subject.draw(CPU, 0)["x_BTD"].nbytes}
+
+
 def test_backward_times_gradients_of_every_differentiable_input():
     """From an output that is there already: as often as it is asked, and of different inputs in turn."""
     subject = subject_of("bigram_hash_embed")
