@@ -24,12 +24,6 @@ VECTOR = 16  # bytes that the copy engine's addresses and strides are multiples 
 
 
 @triton.jit
-def halves(x, b_M: tl.constexpr, b_N: tl.constexpr):
-    """The left and the right half of a tile."""
-    return tl.split(tl.permute(tl.reshape(x, (b_M, 2, b_N // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def finish(x, d_other, d_c, row, column, EPILOGUE: tl.constexpr):
     """Writes the finished x to d_c at [row, column]."""
     if EPILOGUE == "added":
@@ -46,12 +40,12 @@ def finish(x, d_other, d_c, row, column, EPILOGUE: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
     d_a, d_b, d_other, d_c, M, N, K,
-    EPILOGUE: tl.constexpr, B_TRANSPOSED: tl.constexpr, PARTS: tl.constexpr, FLATTEN: tl.constexpr,
-    INTERPRETED: tl.constexpr, b_M: tl.constexpr, b_N: tl.constexpr, b_K: tl.constexpr,
+    EPILOGUE: tl.constexpr, B_TRANSPOSED: tl.constexpr, FLATTEN: tl.constexpr, INTERPRETED: tl.constexpr,
+    b_M: tl.constexpr, b_N: tl.constexpr, b_K: tl.constexpr,
 ):  # fmt: skip
     """c = finished(a b), b given as [N, K] with B_TRANSPOSED. Programs take tiles in turn, those of one row together.
 
-    Tiles are finished and written in PARTS pieces, so that the shared memory for them does not come off the stages'.
+    A tile is finished in two halves, so that less shared memory for it comes off the stages'.
     """
     columns = tl.cdiv(N, b_N)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, b_M) * columns, tl.num_programs(0), flatten=FLATTEN):
@@ -65,20 +59,9 @@ def matmul_kernel(
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             x = tl.dot(a, b, x)
-        if PARTS == 1:
-            finish(x, d_other, d_c, row, column, EPILOGUE)
-        else:
-            left, right = halves(x, b_M, b_N)
-            if PARTS == 2:
-                finish(left, d_other, d_c, row, column, EPILOGUE)
-                finish(right, d_other, d_c, row, column + b_N // 2, EPILOGUE)
-            else:
-                first, second = halves(left, b_M, b_N // 2)
-                finish(first, d_other, d_c, row, column, EPILOGUE)
-                finish(second, d_other, d_c, row, column + b_N // 4, EPILOGUE)
-                third, fourth = halves(right, b_M, b_N // 2)
-                finish(third, d_other, d_c, row, column + b_N // 2, EPILOGUE)
-                finish(fourth, d_other, d_c, row, column + 3 * b_N // 4, EPILOGUE)
+        left, right = tl.split(tl.permute(tl.reshape(x, (b_M, 2, b_N // 2)), (0, 2, 1)))
+        finish(left, d_other, d_c, row, column, EPILOGUE)
+        finish(right, d_other, d_c, row, column + b_N // 2, EPILOGUE)
 
 
 @functools.cache
@@ -117,13 +100,13 @@ def matmul(
     c_MN = a_MK.new_empty((rows, columns))
     tile = products(a_MK.get_device())[epilogue] if tile is None else tile
     b_M, b_N, b_K = tile.rows, tile.columns, tile.depth
-    part = [b_M, b_N // tile.parts]
-    d_c = _descriptor(c_MN, part)
-    d_other = None if other_MN is None else _descriptor(_aligned(other_MN), part)
+    half = [b_M, b_N // 2]
+    d_c = _descriptor(c_MN, half)
+    d_other = None if other_MN is None else _descriptor(_aligned(other_MN), half)
     grid = (min(cdiv(rows, b_M) * cdiv(columns, b_N), tile.programs * _processors(a_MK.device)),)
     arguments = (
         *(_descriptor(a_MK, [b_M, b_K]), _descriptor(b, [b_N, b_K] if b_transposed else [b_K, b_N]), d_other, d_c),
-        *(rows, columns, depth, epilogue, b_transposed, tile.parts, tile.flatten, not a_MK.is_cuda, b_M, b_N, b_K),
+        *(rows, columns, depth, epilogue, b_transposed, tile.flatten, not a_MK.is_cuda, b_M, b_N, b_K),
     )
     with torch.cuda.device(a_MK.device) if a_MK.is_cuda else nullcontext():
         matmul_kernel[grid](*arguments, num_warps=tile.num_warps, num_stages=tile.stages)

@@ -18,7 +18,7 @@ from kernels.launch import cdiv, compute_dtype, launch, tl, triton
 from kernels.registration import register
 from kernels.tuning import tile
 
-BACKWARD_TILES = 8  # tiles a program adds up before it writes its share of the gain's gradient
+BACKWARD_TILES = 4  # tiles a program adds up before it writes its share of the gain's gradient
 
 
 @triton.jit

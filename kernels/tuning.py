@@ -34,7 +34,6 @@ class Product(NamedTuple):
     num_warps: int
     stages: int  # of the copies ahead of the products
     programs: int  # for each processor
-    parts: int  # in which a tile is finished: 1, 2 or 4
     flatten: bool  # whether the next tile's copies start before this one is finished
 
 
@@ -45,8 +44,8 @@ WHOLE_ROW = 2**30
 # model's matrices. The tiles of the int6 ops for one matrix, of the packing and of the ids were not varied.
 MEASURED: dict[tuple[int, int], dict[str, Shape]] = {
     (9, 0): {
-        "add_rms_norm_fwd": Shape(4096, WHOLE_ROW, 1024),
-        "add_rms_norm_bwd": Shape(1024, WHOLE_ROW, 256, max_rows=16),
+        "add_rms_norm_fwd": Shape(1024, WHOLE_ROW, 256),
+        "add_rms_norm_bwd": Shape(512, WHOLE_ROW, 512, max_rows=16),
         "scale_grads": Shape(2048, 8, 256, max_rows=256),
         "smear_gate_fwd": Shape(2048, 1024, 512),
         "smear_gate_bwd": Shape(512, 256, 512),
@@ -59,7 +58,7 @@ MEASURED: dict[tuple[int, int], dict[str, Shape]] = {
         "input_stage_bwd": Shape(32768, WHOLE_ROW, 32768, max_rows=64),
         "lookup_ids": Shape(512, 1, 128),
         "qk_norm_rotary_fwd": Shape(2048, WHOLE_ROW, 512),
-        "qk_norm_rotary_bwd": Shape(2048, WHOLE_ROW, 512),
+        "qk_norm_rotary_bwd": Shape(2048, WHOLE_ROW, 256),
         "quantize_int6": Shape(2048, 8192, 512),
         "quantize_int6_list": Shape(2048, 512, 512),
         "dequantize_int6": Shape(2048, 1024, 512),
@@ -91,9 +90,9 @@ def tile(kernel: str, columns: int, device: int) -> Tile:
 # Measured as above, at 98,304 rows and the model's widths.
 PRODUCTS: dict[tuple[int, int], dict[str, Product]] = {
     (9, 0): {
-        "squared_relu": Product(128, 256, 64, 8, 4, 1, 2, flatten=True),
-        "added": Product(128, 256, 64, 8, 3, 1, 2, flatten=True),
-        "squared_relu_backward": Product(128, 256, 64, 8, 3, 1, 2, flatten=True),
+        "squared_relu": Product(128, 256, 64, 8, 4, 1, flatten=True),
+        "added": Product(128, 256, 64, 8, 3, 1, flatten=True),
+        "squared_relu_backward": Product(128, 128, 64, 4, 3, 2, flatten=False),
     }
 }
 
