@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from golfmodel.config import Config
-from golfmodel.model.layers import Matrix, declare_channels, rms_norm
+from golfmodel.model.layers import RMS_NORM_EPSILON, Matrix, declare_channels
 from golfmodel.model.parameters import Storage
+from kernels import qk_norm_rotary
 
 ROTARY_NATIVE_LENGTH = 1024
 
@@ -32,13 +33,6 @@ def rotary_tables(length: int, head_dim: int, base: float, device: torch.device)
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), base**-exponent)
     return angle.cos(), angle.sin()
-
-
-def apply_rotary(x_BTHh: Tensor, cos_Tf: Tensor, sin_Tf: Tensor) -> Tensor:
-    """Rotates the pairs (j, j + h/2) of every head by the position's angle."""
-    first, second = x_BTHh.chunk(2, dim=-1)
-    cos, sin = cos_Tf[:, None, :], sin_Tf[:, None, :]
-    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
 
 class Rotary(nn.Module):
@@ -114,14 +108,22 @@ class Attention(nn.Module):
         self.output = Matrix(config.model_dim, config.model_dim, gain=0.0, **quantized)
         declare_channels(self, "query_gain", self.num_heads, config.qk_gain_init)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | BlockMask | None = None) -> Tensor:
-        """x `[B, T, D]` to `[B, T, D]`; `rotary` from `Rotary`, `mask` from `document_mask` or None for causal."""
-        batch, length, width = x_BTD.shape
-        q_BTHh = self.query(x_BTD).view(batch, length, self.num_heads, self.head_dim)
-        k_BTGh = self.key(x_BTD).view(batch, length, self.num_kv_heads, self.head_dim)
-        v_BTGh = self.value(x_BTD).view(batch, length, self.num_kv_heads, self.head_dim)
-        q_BTHh = apply_rotary(rms_norm(q_BTHh), *rotary) * self.query_gain.to(x_BTD.dtype)[:, None]
-        k_BTGh = apply_rotary(rms_norm(k_BTGh), *rotary)
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | BlockMask | None = None,
+        scale_D: Tensor | None = None,
+    ) -> Tensor:
+        """x `[B, T, D]` to `[B, T, D]`; `rotary` from `Rotary`, `mask` from `document_mask` or None for causal.
+
+        `scale` `[D]` multiplies the result; it goes into the output projection's rows.
+        """
+        dtype = x_BTD.dtype
+        qkv_CD = torch.cat((self.query.cast(dtype), self.key.cast(dtype), self.value.cast(dtype)))
+        q_BTHh, k_BTGh, v_BTGh = qk_norm_rotary(
+            F.linear(x_BTD, qkv_CD), self.query_gain, *rotary, self.num_kv_heads, eps=RMS_NORM_EPSILON
+        )
         q, k, v = q_BTHh.transpose(1, 2), k_BTGh.transpose(1, 2), v_BTGh.transpose(1, 2)
         if isinstance(mask, BlockMask):
             y_BHTh = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
@@ -129,4 +131,4 @@ class Attention(nn.Module):
             y_BHTh = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads
             )
-        return self.output(y_BHTh.transpose(1, 2).reshape(batch, length, width))
+        return F.linear(y_BHTh.transpose(1, 2).flatten(2), self.output.cast(dtype, scale_D))

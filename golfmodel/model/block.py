@@ -7,12 +7,13 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from golfmodel.config import Config
 from golfmodel.model.attention import Attention
-from golfmodel.model.layers import declare_channels, rms_norm
+from golfmodel.model.layers import RMS_NORM_EPSILON, declare_channels
 from golfmodel.model.mlp import MLP
+from kernels import add_rms_norm
 
 
 class Block(nn.Module):
-    """`x <- m0 x + m1 x0`; `x <- x + a Attn(rmsnorm(x))`; `x <- x + b MLP(rmsnorm(x))`, all per channel."""
+    """`x <- m0 (x + w skip) + m1 x0`; `x <- x + a Attn(rmsnorm(x))`; `x <- x + b MLP(rmsnorm(x))`, all per channel."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -29,9 +30,13 @@ class Block(nn.Module):
         x0_BTD: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | BlockMask | None = None,
+        skip_BTD: Tensor | None = None,
+        skip_scale_D: Tensor | None = None,
     ) -> Tensor:
-        """x and x0 `[B, T, D]` to `[B, T, D]`; `rotary` and `mask` as `Attention` takes them."""
-        dtype = x_BTD.dtype
-        x_BTD = self.residual_mix.to(dtype) * x_BTD + self.input_mix.to(dtype) * x0_BTD
-        x_BTD = x_BTD + self.attention_scale.to(dtype) * self.attention(rms_norm(x_BTD), rotary, mask)
-        return x_BTD + self.mlp_scale.to(dtype) * self.mlp(rms_norm(x_BTD))
+        """x, x0 and skip `[B, T, D]` to `[B, T, D]`; `rotary` and `mask` as `Attention` takes them, `w` `[D]`."""
+        mixed_BTD, normed_BTD = add_rms_norm(
+            x_BTD, x0_BTD, self.residual_mix, self.input_mix, skip_BTD, skip_scale_D, eps=RMS_NORM_EPSILON
+        )
+        attended_BTD = self.attention(normed_BTD, rotary, mask, self.attention_scale)
+        x_BTD, normed_BTD = add_rms_norm(mixed_BTD, attended_BTD, eps=RMS_NORM_EPSILON)
+        return self.mlp(normed_BTD, x_BTD, self.mlp_scale)

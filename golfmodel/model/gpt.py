@@ -26,9 +26,9 @@ class UNetSkips(nn.Module):
         for index in range(self.count):
             declare_channels(self, f"weight_{index}", config.model_dim, 1.0)
 
-    def forward(self, index: int, x_BTD: Tensor, skip_BTD: Tensor) -> Tensor:
-        weight_D: Tensor = getattr(self, f"weight_{index}")
-        return x_BTD + weight_D.to(x_BTD.dtype) * skip_BTD
+    def scale(self, index: int) -> Tensor:
+        """`[D]`, of skip `index`."""
+        return getattr(self, f"weight_{index}")
 
 
 class GPT(nn.Module):
@@ -91,9 +91,10 @@ class GPT(nn.Module):
         x_BTD = x0_BTD
         outputs: list[Tensor] = []
         for index, block in enumerate(self.blocks):
+            skip = ()
             if index >= self.skips.count and outputs:
-                x_BTD = self.skips(index - self.skips.count, x_BTD, outputs.pop())
-            x_BTD = block(x_BTD, x0_BTD, rotary, mask)
+                skip = outputs.pop(), self.skips.scale(index - self.skips.count)
+            x_BTD = block(x_BTD, x0_BTD, rotary, mask, *skip)
             if index < self.skips.count:
                 outputs.append(x_BTD)
         return rms_norm(x_BTD)

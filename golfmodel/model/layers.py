@@ -57,11 +57,17 @@ class Matrix(nn.Module):
         self.fake_quantize = fake_quantize and storage is Storage.INT6
         declare(self, "weight", initial_matrix(out_features, in_features, gain=gain), storage, group)
 
-    def cast(self, dtype: torch.dtype) -> Tensor:
-        """W `[O, I]` in `dtype`, rounded to int6 levels first where training fakes the artifact."""
-        if self.fake_quantize and self.training:
-            return fake_quantize_int6(self.weight, dtype)
-        return self.weight.to(dtype)
+    def cast(self, dtype: torch.dtype, scale_O: Tensor | None = None) -> Tensor:
+        """W `[O, I]` in `dtype`, rounded to int6 levels first where training fakes the artifact.
+
+        With a scale its rows are multiplied by it, so that y is: over B * T rows of activations that were a pass of
+        its own, and one more for its gradient.
+        """
+        rounded = self.fake_quantize and self.training
+        if scale_O is None:
+            return fake_quantize_int6(self.weight, dtype) if rounded else self.weight.to(dtype)
+        weight_OI = fake_quantize_int6(self.weight, self.weight.dtype) if rounded else self.weight
+        return (scale_O[:, None] * weight_OI).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.cast(x.dtype))

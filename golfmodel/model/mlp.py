@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golfmodel.config import Config
 from golfmodel.model.layers import Matrix
 from golfmodel.model.parameters import Storage
+from kernels import squared_relu_mlp
 
 
 class MLP(nn.Module):
@@ -19,6 +19,7 @@ class MLP(nn.Module):
         self.up = Matrix(config.model_dim, config.mlp_dim, **quantized)
         self.down = Matrix(config.mlp_dim, config.model_dim, gain=0.0, **quantized)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """x `[B, T, D]` to `[B, T, D]`."""
-        return self.down(F.relu(self.up(x_BTD)).square())
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor, scale_D: Tensor) -> Tensor:
+        """`residual + scale * W2 relu(W1 x)^2`, all `[B, T, D]`; `scale` `[D]` goes into W2's rows."""
+        up_HD, down_DH = self.up.cast(x_BTD.dtype), self.down.cast(x_BTD.dtype, scale_D)
+        return squared_relu_mlp(x_BTD, up_HD, down_DH, residual_BTD)

@@ -9,7 +9,7 @@ import recipe_model as recipe
 import torch
 from small_models import random_model, small_config
 
-from golfmodel.model.attention import Rotary, apply_rotary, document_mask, rotary_tables
+from golfmodel.model.attention import Rotary, document_mask, rotary_tables
 
 CPU = torch.device("cpu")
 
@@ -44,12 +44,6 @@ def test_rotary_base_of_the_seed():
 def test_rotary_of_heads_of_two_has_no_base_to_rescale():
     cos, _ = rotary_tables(2048, 2, 10000.0, CPU)
     torch.testing.assert_close(cos[:, 0], torch.arange(2048.0).cos())
-
-
-def test_rotation_is_the_recipes():
-    x_Th = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
-    rotated = apply_rotary(x_Th[None, :, None], *rotary_tables(9, 6, 100.0, CPU))[0, :, 0]
-    torch.testing.assert_close(rotated.double(), recipe.rotate(x_Th.double(), 100.0), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
