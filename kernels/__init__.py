@@ -8,6 +8,7 @@ from kernels.bigram_hash import bigram_hash, bigram_hash_embed
 from kernels.input_stage import input_stage
 from kernels.int6 import dequantize_int6, fake_quantize_int6, quantize_int6
 from kernels.int6_packing import pack_int6, unpack_int6
+from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.newton_schulz import newton_schulz
 from kernels.qk_norm_rotary import qk_norm_rotary
 from kernels.smear_gate import smear_gate
@@ -20,6 +21,7 @@ __all__ = [
     "dequantize_int6",
     "fake_quantize_int6",
     "input_stage",
+    "linear_cross_entropy",
     "newton_schulz",
     "pack_int6",
     "qk_norm_rotary",

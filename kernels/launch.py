@@ -27,6 +27,7 @@ except ModuleNotFoundError:  # a platform without Triton: the kernels are never 
     tl = None
 
 MAX_ROWS = 2**30
+VECTOR = 16  # bytes of the widest load, and what the copy engine's addresses and strides are multiples of
 
 _compiled: dict[tuple, tuple] = {}
 
@@ -66,7 +67,7 @@ def launch(
     misaligned = 0
     for pointer in pointers:
         misaligned |= pointer or 0
-    if misaligned & 15:
+    if misaligned % VECTOR:
         kernel[grid](*tensors, *sizes, *constants, num_warps=num_warps)
         return
     dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
@@ -99,6 +100,12 @@ def tensor_and_number(value: float | Tensor) -> tuple[Tensor | None, float]:
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor with its elements in a row, a copy where they were not; None for None."""
     return None if tensor is None else tensor.contiguous()
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor with its elements in a row from a multiple of `VECTOR`: matrix products choose their way by that."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % VECTOR else tensor
 
 
 def cdiv(a: int, b: int) -> int:

@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.launch import MAX_ROWS, cdiv, tl, triton
+from kernels.launch import MAX_ROWS, VECTOR, aligned, cdiv, tl, triton
 from kernels.tuning import Product, products
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError:  # a platform without Triton
     TensorDescriptor = None
-
-VECTOR = 16  # bytes that the copy engine's addresses and strides are multiples of
 
 
 @triton.jit
@@ -92,7 +90,7 @@ def matmul(
     times 2 sqrt(other), which is the derivative of relu(h)^2 where other is its value. All tensors as `takes` wants
     them; `tile` is for those who measure.
     """
-    a_MK, b = _aligned(a_MK), _aligned(b)
+    a_MK, b = aligned(a_MK), aligned(b)
     rows, depth = a_MK.shape
     columns = b.shape[0] if b_transposed else b.shape[1]
     if rows > MAX_ROWS:
@@ -102,7 +100,7 @@ def matmul(
     b_M, b_N, b_K = tile.rows, tile.columns, tile.depth
     half = [b_M, b_N // 2]
     d_c = _descriptor(c_MN, half)
-    d_other = None if other_MN is None else _descriptor(_aligned(other_MN), half)
+    d_other = None if other_MN is None else _descriptor(aligned(other_MN), half)
     grid = (min(cdiv(rows, b_M) * cdiv(columns, b_N), tile.programs * _processors(a_MK.device)),)
     arguments = (
         *(_descriptor(a_MK, [b_M, b_K]), _descriptor(b, [b_N, b_K] if b_transposed else [b_K, b_N]), d_other, d_c),
@@ -115,9 +113,3 @@ def matmul(
 
 def _descriptor(tensor: Tensor, block: list[int]) -> Any:
     return TensorDescriptor.from_tensor(tensor, block)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor with its elements in a row from an address that the copy engine takes."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % VECTOR else tensor

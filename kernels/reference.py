@@ -152,6 +152,14 @@ def squared_relu_mlp(x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD
     return y_BTD if residual_BTD is None else residual_BTD + y_BTD
 
 
+def linear_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, soft_cap: float | None = None) -> Tensor:
+    """The mean of log(sum(exp(z))) - z[target], z = x weight^T in x's dtype, then soft_cap * tanh(z / soft_cap)."""
+    z_NV = F.linear(x_BTD, weight_VD).flatten(0, 1).to(_compute_dtype(x_BTD.dtype))
+    if soft_cap is not None:
+        z_NV = soft_cap * torch.tanh(z_NV / soft_cap)
+    return F.cross_entropy(z_NV, targets_BT.flatten().to(torch.int64))
+
+
 def quantize_int6(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
     """scale = fp16(max|w| / 31), 1 where 0, at most 65504; codes = clamp(round(w / scale), -31, 31)."""
     # NaN becomes 0, and an infinity the largest finite number, where scale and code are saturated as well.

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.checks import FLOATS, check_device, check_shape, check_tensor
+from kernels.launch import aligned
 from kernels.matmul import matmul, takes
 from kernels.registration import register
 
 
 def _run(x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
     """The result, and what backward needs [N, H]: relu(h)^2 from the kernel, relu(h) from PyTorch's products."""
-    x_ND = x_BTD.flatten(0, 1)
+    x_ND, up_HD, down_DH = aligned(x_BTD).flatten(0, 1), aligned(up_HD), aligned(down_DH)
     residual_ND = None if residual_BTD is None else residual_BTD.flatten(0, 1)
     if takes(x_ND, up_HD, down_DH):
         kept_NH = matmul(x_ND, up_HD, b_transposed=True, epilogue="squared_relu")
@@ -40,7 +41,8 @@ def _run_backward(
     grad_BTD: Tensor, x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, kept_NH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, up and down."""
-    grad_ND, x_ND = grad_BTD.flatten(0, 1), x_BTD.flatten(0, 1)
+    grad_ND, x_ND = (aligned(tensor).flatten(0, 1) for tensor in (grad_BTD, x_BTD))
+    up_HD, down_DH = aligned(up_HD), aligned(down_DH)
     if takes(x_ND, up_HD, down_DH):
         hidden_NH = kept_NH
         grad_h_NH = matmul(grad_ND, down_DH, hidden_NH, epilogue="squared_relu_backward")
@@ -64,11 +66,14 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     x_BTD, up_HD, down_DH, residual_BTD = inputs
     _, kept_NH = output
     ctx.mark_non_differentiable(kept_NH)
+    ctx.set_materialize_grads(False)
     ctx.adds = residual_BTD is not None
     ctx.save_for_backward(x_BTD, up_HD, down_DH, kept_NH)
 
 
-def _backward(ctx: Any, grad_BTD: Tensor, _: Tensor | None) -> tuple:
+def _backward(ctx: Any, grad_BTD: Tensor | None, _: None) -> tuple:
+    if grad_BTD is None:
+        return None, None, None, None
     return *_backward_op(grad_BTD, *ctx.saved_tensors), grad_BTD if ctx.adds else None
 
 

@@ -154,6 +154,14 @@ def _squared_relu_mlp(draw: Draw, b: int, t: int, d: int, h: int, *, added: bool
     return {**inputs, "residual_BTD": draw.normal(b, t, d)} if added else inputs
 
 
+def _linear_cross_entropy(draw: Draw, b: int, t: int, d: int, v: int) -> dict[str, Any]:
+    return {
+        "x_BTD": draw.normal(b, t, d),
+        "weight_VD": draw.normal(v, d, size=4 * max(d, 1) ** -0.5),
+        "targets_BT": draw.integers(0, v, b, t),
+    }
+
+
 def _weight(draw: Draw, r: int, c: int) -> dict[str, Any]:
     return {"weight_RC": draw.normal(r, c, size=0.04)}
 
@@ -309,6 +317,23 @@ CASES: tuple[Case, ...] = (
             differentiable=("x_BTD", "up_HD", "down_DH", *(("residual_BTD",) if added else ())),
         )
         for name, added in (("squared_relu_mlp", True), ("squared_relu_mlp without residual", False))
+    ),
+    *(
+        Case(
+            name=name,
+            op="linear_cross_entropy",
+            inputs=_linear_cross_entropy,
+            shapes=((1, 1, 1, 2), (2, 3, 8, 127), (3, 7, 5, 513)),
+            empty=((0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 4)),
+            model=(48, 2048, 512, 1024),
+            ranges=((1, 3), (1, 9), (1, 40), (2, 300)),
+            differentiable=("x_BTD", "weight_VD"),
+            options=options,
+        )
+        for name, options in (
+            ("linear_cross_entropy", {"soft_cap": 5.0}),
+            ("linear_cross_entropy without cap", {}),
+        )
     ),
     Case(name="quantize_int6", op="quantize_int6", inputs=_weight, exact=("output", "output 1"), **_MATRICES),
     Case(name="dequantize_int6", op="dequantize_int6", inputs=_codes_and_scale, exact=("output",), **_MATRICES),

@@ -15,6 +15,7 @@ from golfmodel.model.block import Block
 from golfmodel.model.embedding import InputStage
 from golfmodel.model.layers import Matrix, declare_channels, rms_norm
 from golfmodel.model.parameters import Group, Storage
+from kernels import linear_cross_entropy
 
 
 class UNetSkips(nn.Module):
@@ -60,13 +61,13 @@ class GPT(nn.Module):
 
         Head k >= 0 predicts token i + 2 + k from position i, which is `targets[i + 1 + k]`.
         """
-        x_BTD = self.hidden(tokens_BT)
-        loss = F.cross_entropy(self._logits(x_BTD).flatten(0, 1), targets_BT.flatten())
+        x_BTD, cap = self.hidden(tokens_BT), self.config.logit_softcap
+        loss = linear_cross_entropy(x_BTD, self._head(x_BTD.dtype), targets_BT, soft_cap=cap)
         if len(self.future_heads):
             extra = x_BTD.new_zeros((), dtype=torch.float32)
             for k, head in enumerate(self.future_heads):
-                logits = self._soft_cap(head(x_BTD[:, : -(k + 1)]))
-                extra = extra + F.cross_entropy(logits.flatten(0, 1), targets_BT[:, k + 1 :].flatten())
+                earlier_BTD, later_BT = x_BTD[:, : -(k + 1)], targets_BT[:, k + 1 :]
+                extra = extra + linear_cross_entropy(earlier_BTD, head.cast(x_BTD.dtype), later_BT, soft_cap=cap)
             loss = loss + self.config.mtp_loss_weight / len(self.future_heads) * extra
         return loss
 
@@ -78,7 +79,8 @@ class GPT(nn.Module):
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Soft-capped logits in float32 `[B, T, V]`."""
-        return self._logits(self.hidden(tokens_BT))
+        x_BTD, cap = self.hidden(tokens_BT), self.config.logit_softcap
+        return cap * torch.tanh(F.linear(x_BTD, self._head(x_BTD.dtype)).float() / cap)
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """The last block's output after the final RMS norm `[B, T, D]`, in the compute dtype."""
@@ -99,10 +101,6 @@ class GPT(nn.Module):
                 outputs.append(x_BTD)
         return rms_norm(x_BTD)
 
-    def _logits(self, x_BTD: Tensor) -> Tensor:
-        weight_VD = self.input.token.weight if self.head is None else self.head.cast(x_BTD.dtype)
-        return self._soft_cap(F.linear(x_BTD, weight_VD))
-
-    def _soft_cap(self, logits: Tensor) -> Tensor:
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(logits.float() / cap)
+    def _head(self, dtype: torch.dtype) -> Tensor:
+        """The weight `[V, D]` of the logits; tied, the token table itself."""
+        return self.input.token.weight if self.head is None else self.head.cast(dtype)

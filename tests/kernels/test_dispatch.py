@@ -15,7 +15,7 @@ X, GATE = torch.randn(2, 3, 4), torch.randn(4)
 TOKENS, TABLE = torch.zeros(2, 3, dtype=torch.int64), torch.randn(8, 4)
 QKV, COS, SIN = torch.randn(2, 3, (4 + 2 * 2) * 8), torch.randn(3, 4), torch.randn(3, 4)
 WEIGHT, CODES, SCALE = torch.randn(2, 4), torch.zeros(2, 4, dtype=torch.int8), torch.ones(2, dtype=torch.half)
-DOWN = torch.randn(4, 2)
+DOWN, HEAD = torch.randn(4, 2), torch.randn(5, 4)
 STARTS = torch.zeros(2, 3, dtype=torch.bool)
 PACKED = torch.zeros(2, 3, dtype=torch.uint8)
 
@@ -29,6 +29,7 @@ CALLS = [
         *((TOKENS, TABLE, GATE, None, None, STARTS, 2.0**-23), {}),
     ),
     ("qk_norm_rotary", (QKV, GATE, COS, SIN, 2), {}, (QKV, GATE, COS, SIN, 2, 2.0**-23), {}),
+    ("linear_cross_entropy", (X, HEAD, TOKENS), {"soft_cap": 30}, (X, HEAD, TOKENS, 30.0), {}),
     ("squared_relu_mlp", (X, WEIGHT, DOWN, X), {}, (X, WEIGHT, DOWN, X), {}),
     ("quantize_int6", (WEIGHT,), {}, (WEIGHT,), {}),
     ("dequantize_int6", (CODES, SCALE), {"dtype": torch.half}, (CODES, SCALE, torch.half), {}),
