@@ -47,7 +47,7 @@ MEASURED: dict[tuple[int, int], dict[str, Shape]] = {
         "add_rms_norm_fwd": Shape(1024, WHOLE_ROW, 256),
         "add_rms_norm_bwd": Shape(512, WHOLE_ROW, 512, max_rows=16),
         "scale_grads": Shape(2048, 8, 256, max_rows=256),
-        "cross_entropy": Shape(4096, WHOLE_ROW, 1024),
+        "cross_entropy": Shape(1024, WHOLE_ROW, 1024),
         "smear_gate_fwd": Shape(2048, 1024, 512),
         "smear_gate_bwd": Shape(512, 256, 512),
         "gate_grad": Shape(2048, 8, 256, max_rows=256),
