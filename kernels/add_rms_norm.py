@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.checks import FLOATS, check_device, check_eps, check_integer, check_shape, check_tensor
+from kernels.column_sums import column_sums
 from kernels.launch import cdiv, compute_dtype, contiguous, launch, tl, triton
 from kernels.registration import register
 from kernels.tuning import tile
@@ -133,16 +134,11 @@ def add_rms_norm_bwd_kernel(
 
 @triton.jit
 def store_total(p_sums, p_grad, P, D: tl.constexpr, COMPUTE: tl.constexpr, b_P: tl.constexpr, b_D: tl.constexpr):
-    """grad = the sum of `sums` [P, D] down each column, always in the same order; nothing where grad is None."""
+    """grad = the sum of `sums` [P, D] down each column; nothing where grad is None."""
     if p_grad is not None:
-        r_P = tl.arange(0, b_P)
         r_D = tl.program_id(0) * b_D + tl.arange(0, b_D)
-        m_D = r_D < D
-        total = tl.zeros((b_P, b_D), COMPUTE)
-        for first in range(0, P, b_P):
-            m_PD = (r_P < P - first)[:, None] & m_D[None, :]
-            total += tl.load(p_sums + (first + r_P).to(tl.int64)[:, None] * D + r_D[None, :], mask=m_PD, other=0)
-        tl.store(p_grad + r_D, tl.sum(total, axis=0).to(p_grad.dtype.element_ty), mask=m_D)
+        total = column_sums(p_sums, r_D, P, D, COMPUTE, b_P, b_D)
+        tl.store(p_grad + r_D, total.to(p_grad.dtype.element_ty), mask=r_D < D)
 
 
 @triton.jit(do_not_specialize=["P"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.checks import FLOATS, check_device, check_document_start, check_shape, check_tensor
+from kernels.column_sums import column_sums
 from kernels.launch import cdiv, compute_dtype, contiguous, launch, tl, triton
 from kernels.registration import register
 from kernels.tuning import tile
@@ -83,16 +84,11 @@ def smear_gate_bwd_kernel(
 def gate_grad_kernel(
     p_sums, p_gate, p_grad_gate, P, D: tl.constexpr, COMPUTE: tl.constexpr, b_P: tl.constexpr, b_D: tl.constexpr
 ):
-    """grad_gate = g (1 - g) * the sum of `sums` [P, D] down each column, always in the same order."""
-    r_P = tl.arange(0, b_P)
+    """grad_gate = g (1 - g) * the sum of `sums` [P, D] down each column."""
     r_D = tl.program_id(0) * b_D + tl.arange(0, b_D)
     m_D = r_D < D
-    total = tl.zeros((b_P, b_D), COMPUTE)
-    for first in range(0, P, b_P):
-        m_PD = (r_P < P - first)[:, None] & m_D[None, :]
-        total += tl.load(p_sums + (first + r_P).to(tl.int64)[:, None] * D + r_D[None, :], mask=m_PD, other=0)
     mix = load_mix(p_gate, r_D, m_D, COMPUTE)
-    grad_gate = mix * (1 - mix) * tl.sum(total, axis=0)
+    grad_gate = mix * (1 - mix) * column_sums(p_sums, r_D, P, D, COMPUTE, b_P, b_D)
     tl.store(p_grad_gate + r_D, grad_gate.to(p_grad_gate.dtype.element_ty), mask=m_D)
 
 
