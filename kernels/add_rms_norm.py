@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.checks import FLOATS, check_device, check_eps, check_integer, check_shape, check_tensor
 from kernels.column_sums import column_sums
-from kernels.launch import cdiv, compute_dtype, contiguous, launch, tl, triton
+from kernels.launch import MAX_COLUMNS, cdiv, compute_dtype, contiguous, launch, tl, triton
 from kernels.registration import register
 from kernels.tuning import tile
 
@@ -295,7 +295,7 @@ def add_rms_norm(
     with the mean over a row's channels.
 
     Args:
-        x_BTD: [B, T, D] with D >= 1, float32, bfloat16, float16 or float64; B and T may be 0.
+        x_BTD: [B, T, D] with D from 1 to 2^20, float32, bfloat16, float16 or float64; B and T may be 0.
         y_BTD: [B, T, D], in x's dtype.
         x_scale_D: [D], any of the same dtypes, not necessarily x's, as are the other scales; None for 1.
         y_scale_D: [D]; None for 1.
@@ -311,14 +311,14 @@ def add_rms_norm(
 
     Raises:
         TypeError: an argument is no tensor or its dtype is not one of those above, or eps is no number.
-        ValueError: a shape does not fit, D is 0, eps is negative, skip_scale comes without skip, or the tensors
-            are on different devices.
+        ValueError: a shape does not fit, D is not from 1 to 2^20, eps is negative, skip_scale comes without skip, or
+            the tensors are on different devices.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, for RMS norm; the blocks of the parameter-golf records for
     what is added: the input stage's output and a U-Net's skip connection.
     """
     check_tensor("x_BTD", x_BTD, FLOATS, "BTD")
-    check_integer("x_BTD's number of channels", x_BTD.shape[2], 1)
+    check_integer("x_BTD's number of channels", x_BTD.shape[2], 1, MAX_COLUMNS)
     for name, term_BTD in (("y_BTD", y_BTD), ("skip_BTD", skip_BTD)):
         if term_BTD is not None or name == "y_BTD":
             check_tensor(name, term_BTD, (x_BTD.dtype,), "BTD")

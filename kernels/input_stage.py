@@ -22,7 +22,7 @@ from kernels.checks import (
     check_shape,
     check_tensor,
 )
-from kernels.launch import cdiv, compute_dtype, contiguous, launch, tl, triton
+from kernels.launch import MAX_COLUMNS, cdiv, compute_dtype, contiguous, launch, tl, triton
 from kernels.registration import register
 from kernels.segment_sum import id_dtype, segment_order, segment_sums, segment_totals
 from kernels.smear_gate import gate_grad, load_mix
@@ -279,7 +279,7 @@ def input_stage(
     Args:
         tokens_BT: [B, T], any integer dtype, each in [0, V). Looking at the values would make the host wait
             for the device, so a GPU does not check them: a token outside gives NaN, and never a stray read.
-        token_table_VD: [V, D] with D >= 1, float32, bfloat16, float16 or float64.
+        token_table_VD: [V, D] with D from 1 to 2^20, float32, bfloat16, float16 or float64.
         gate_D: [D], the logit of the mix; any of the same dtypes.
         bigram_table_KD: [K, D] with K >= 2, in the token table's dtype, already projected to the model's width
             (the projection commutes with the lookup); None for no bigram term.
@@ -294,14 +294,14 @@ def input_stage(
 
     Raises:
         TypeError: an argument is no tensor or its dtype is not one of those above, or eps is no number.
-        ValueError: a shape does not fit, K is below 2, D is 0, eps is negative, a scale comes without a bigram
-            table, or the tensors are on different devices.
+        ValueError: a shape does not fit, K is below 2, D is not from 1 to 2^20, eps is negative, a scale comes without
+            a bigram table, or the tensors are on different devices.
 
     Source: the input stage of the parameter-golf records; Zhang and Sennrich 2019, arXiv:1910.07467, for RMS norm.
     """
     check_tensor("tokens_BT", tokens_BT, INTEGERS, "BT")
     check_tensor("token_table_VD", token_table_VD, FLOATS, "VD")
-    check_integer("token_table_VD's number of columns", token_table_VD.shape[1], 1)
+    check_integer("token_table_VD's number of columns", token_table_VD.shape[1], 1, MAX_COLUMNS)
     check_device("token_table_VD", token_table_VD, "tokens_BT", tokens_BT)
     check_tensor("gate_D", gate_D, FLOATS, "D")
     check_shape("gate_D", gate_D, token_table_VD.shape[1:], "token_table_VD", token_table_VD)

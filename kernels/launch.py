@@ -27,6 +27,7 @@ except ModuleNotFoundError:  # a platform without Triton: the kernels are never 
     tl = None
 
 MAX_ROWS = 2**30
+MAX_COLUMNS = 2**20  # of a row that a program has whole: Triton's largest tile
 VECTOR = 16  # bytes of the widest load, and what the copy engine's addresses and strides are multiples of
 
 _compiled: dict[tuple, tuple] = {}

@@ -5,6 +5,7 @@ Shapes: B batch, T time, D model width, V vocabulary; N = B * T rows.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.checks import FLOATS, INTEGERS, check_device, check_integer, check_shape, check_tensor
-from kernels.launch import aligned, cdiv, compute_dtype, launch, tl, triton
+from kernels.launch import MAX_COLUMNS, aligned, cdiv, compute_dtype, launch, tl, triton
 from kernels.registration import register
 from kernels.tuning import tile
 
@@ -87,13 +88,11 @@ def _run_backward(grad: Tensor, x_BTD: Tensor, weight_VD: Tensor, grad_NV: Tenso
     """The gradients of x and the weight."""
     x_ND, weight_VD = aligned(x_BTD).flatten(0, 1), aligned(weight_VD)
     scale = grad / max(len(grad_NV), 1)
-    # 1 / N goes where it is cheapest: into the weight, but that float16 has no room for numbers as small.
-    if x_BTD.dtype == torch.float16:
-        grad_x_ND = (grad_NV @ weight_VD * scale).to(x_BTD.dtype)
-    else:
-        grad_x_ND = grad_NV @ (weight_VD * scale).to(x_BTD.dtype)
-    grad_weight_VD = (grad_NV.mT @ x_ND * scale).to(x_BTD.dtype)
-    return grad_x_ND.view(x_BTD.shape), grad_weight_VD
+    if x_BTD.dtype == torch.float16:  # which holds neither weights as small as 1 / N nor sums over N rows
+        grad_NV, x_ND, weight_VD = grad_NV.float(), x_ND.float(), weight_VD.float()
+    grad_x_ND = grad_NV @ (weight_VD * scale).to(weight_VD.dtype)
+    grad_weight_VD = grad_NV.mT @ x_ND * scale
+    return grad_x_ND.view(x_BTD.shape).to(x_BTD.dtype), grad_weight_VD.to(x_BTD.dtype)
 
 
 def _fake_backward(grad: Tensor, x_BTD: Tensor, weight_VD: Tensor, grad_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,17 +137,18 @@ def linear_cross_entropy(
 
     Args:
         x_BTD: [B, T, D], float32, bfloat16, float16 or float64; no rows give NaN.
-        weight_VD: [V, D] with V >= 1, in x's dtype.
+        weight_VD: [V, D] in x's dtype, V from 1 to 2^20.
         targets_BT: [B, T], any integer dtype, each in [0, V). Looking at the values would make the host wait for
             the device, so a GPU does not check them: a target outside gives NaN, and never a stray read.
-        soft_cap: the largest size of a capped logit, above 0; None for no cap.
+        soft_cap: the largest size of a capped logit, above 0 and finite; None for no cap.
 
     Returns:
         [], float32 (float64 for a float64 x). Differentiable in x and weight.
 
     Raises:
         TypeError: an argument is no tensor or its dtype is not one of those above, or soft_cap is no number.
-        ValueError: a shape does not fit, V is 0, soft_cap is not above 0, or the tensors are on different devices.
+        ValueError: a shape does not fit, V is not from 1 to 2^20, soft_cap is not above 0 or not finite, or the tensors
+            are on different devices.
 
     Source: the soft cap of Gemma 2, 2024, arXiv:2408.00118; the gradient in the logits' place is an idea of Hsu et al.
     2024, arXiv:2410.10989.
@@ -156,7 +156,7 @@ def linear_cross_entropy(
     check_tensor("x_BTD", x_BTD, FLOATS, "BTD")
     check_tensor("weight_VD", weight_VD, (x_BTD.dtype,), "VD")
     check_shape("weight_VD", weight_VD, (weight_VD.shape[0], x_BTD.shape[2]), "x_BTD", x_BTD)
-    check_integer("weight_VD's number of rows", weight_VD.shape[0], 1)
+    check_integer("weight_VD's number of rows", weight_VD.shape[0], 1, MAX_COLUMNS)
     check_device("weight_VD", weight_VD, "x_BTD", x_BTD)
     check_tensor("targets_BT", targets_BT, INTEGERS, "BT")
     check_shape("targets_BT", targets_BT, x_BTD.shape[:2], "x_BTD", x_BTD)
@@ -164,7 +164,7 @@ def linear_cross_entropy(
     if soft_cap is not None:
         if not isinstance(soft_cap, (int, float)):
             raise TypeError(f"soft_cap must be a number or None, not {type(soft_cap).__name__}")
-        if not soft_cap > 0:
-            raise ValueError(f"soft_cap is {soft_cap}; it must be above 0")
+        if not 0 < soft_cap < math.inf:
+            raise ValueError(f"soft_cap is {soft_cap}; it must be above 0 and finite")
         soft_cap = float(soft_cap)
     return dispatch.implementation("linear_cross_entropy", x_BTD)(x_BTD, weight_VD, targets_BT, soft_cap)

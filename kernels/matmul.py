@@ -1,5 +1,7 @@
 """A matrix product whose result is finished before it is written: squared, added to, multiplied by a derivative.
 
+Its kernel takes descriptors, which the copy engine reads, so it is started by Triton's own launcher, not by `launch`.
+
 Shapes: M rows, N columns of the result, K summed over.
 """
 

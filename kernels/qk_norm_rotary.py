@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.checks import FLOATS, check_device, check_eps, check_integer, check_shape, check_tensor
-from kernels.launch import cdiv, compute_dtype, launch, tl, triton
+from kernels.launch import MAX_COLUMNS, cdiv, compute_dtype, launch, tl, triton
 from kernels.registration import register
 from kernels.tuning import tile
 
@@ -228,8 +228,8 @@ def qk_norm_rotary(
         qkv_BTC: [B, T, C], float32, bfloat16, float16 or float64: H query heads, G key heads and G value heads of
             size h, one after another, C = (H + 2 G) h; B and T may be 0.
         gain_H: [H] with H >= 1, a factor for each query head; any of the same dtypes, not necessarily qkv's.
-        cos_TF: [T, F] with F = h / 2 >= 1, of the angle that each pair (j, j + F) of a head is turned by at each
-            position; any of the same dtypes. No gradient.
+        cos_TF: [T, F] with F = h / 2 from 1 to 2^20, of the angle that each pair (j, j + F) of a head is turned by at
+            each position; any of the same dtypes. No gradient.
         sin_TF: [T, F], likewise.
         num_kv_heads: G, at least 1. It need not divide H.
         eps: added to the mean square; not negative.
@@ -241,7 +241,8 @@ def qk_norm_rotary(
     Raises:
         TypeError: an argument is no tensor or its dtype is not one of those above, num_kv_heads is no integer, or
             eps is no number.
-        ValueError: a shape does not fit, H, G or F is 0, eps is negative, or the tensors are on different devices.
+        ValueError: a shape does not fit, H, G or F is 0, F is above 2^20, eps is negative, or the tensors are on
+            different devices.
 
     Source: Henry et al. 2020, arXiv:2010.04245, for the norm of queries and keys; Su et al. 2021, arXiv:2104.09864,
     for the rotary embedding; Zhang and Sennrich 2019, arXiv:1910.07467, for RMS norm.
@@ -251,7 +252,7 @@ def qk_norm_rotary(
     check_integer("gain_H's number of heads", gain_H.shape[0], 1)
     check_device("gain_H", gain_H, "qkv_BTC", qkv_BTC)
     check_tensor("cos_TF", cos_TF, FLOATS, "TF")
-    check_integer("cos_TF's number of columns", cos_TF.shape[1], 1)
+    check_integer("cos_TF's number of columns", cos_TF.shape[1], 1, MAX_COLUMNS)
     check_shape("cos_TF", cos_TF, (qkv_BTC.shape[1], cos_TF.shape[1]), "qkv_BTC", qkv_BTC)
     check_device("cos_TF", cos_TF, "qkv_BTC", qkv_BTC)
     check_tensor("sin_TF", sin_TF, FLOATS, "TF")

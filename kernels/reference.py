@@ -5,7 +5,7 @@ here checks its arguments: the public functions of `kernels` do, and hand over t
 
 Shapes: B batch, T time, D channels, K buckets, R rows, C columns, G groups of four columns; N matrices of S
 rows and L columns, S <= L. Of attention: H query heads, G key/value heads, I = H + G, J = H + 2 G, h head size,
-C = J h, F = h / 2.
+C = J h, F = h / 2. Of the MLP: H hidden width. Of the head: V vocabulary, N = B T rows.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def linear_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, s
     z_NV = F.linear(x_BTD, weight_VD).flatten(0, 1).to(_compute_dtype(x_BTD.dtype))
     if soft_cap is not None:
         z_NV = soft_cap * torch.tanh(z_NV / soft_cap)
-    return F.cross_entropy(z_NV, targets_BT.flatten().to(torch.int64))
+    # no target is one to ignore, as PyTorch's -100 would be
+    return F.cross_entropy(z_NV, targets_BT.flatten().to(torch.int64), ignore_index=torch.iinfo(torch.int64).min)
 
 
 def quantize_int6(weight_RC: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,11 @@ def _backward(ctx: Any, grad_BTD: Tensor | None, _: None) -> tuple:
 
 
 _op = register("squared_relu_mlp", _run, _fake, differentiate=_backward, setup_context=_setup_context)
-dispatch.register_triton("squared_relu_mlp")(lambda *arguments: _op(*arguments)[0])
+
+
+@dispatch.register_triton("squared_relu_mlp")
+def _result(*arguments: Any) -> Tensor:
+    return _op(*arguments)[0]
 
 
 def squared_relu_mlp(x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD: Tensor | None = None) -> Tensor:

@@ -37,7 +37,7 @@ class Product(NamedTuple):
     flatten: bool  # whether the next tile's copies start before this one is finished
 
 
-# A kernel that needs the whole of a row at once takes any width.
+# A kernel that needs the whole of a row at once takes any width up to `launch.MAX_COLUMNS`.
 WHOLE_ROW = 2**30
 
 # Measured on an H200 with torch 2.11.0 and triton 3.6.0: at 98,304 rows of 512 bfloat16 channels, and for int6 at the

@@ -33,7 +33,10 @@ class Block(nn.Module):
         skip_BTD: Tensor | None = None,
         skip_scale_D: Tensor | None = None,
     ) -> Tensor:
-        """x, x0 and skip `[B, T, D]` to `[B, T, D]`; `rotary` and `mask` as `Attention` takes them, `w` `[D]`."""
+        """x, x0 and skip `[B, T, D]` to `[B, T, D]`; `rotary` and `mask` as `Attention` takes them.
+
+        `skip_scale` `[D]` is w above.
+        """
         mixed_BTD, normed_BTD = add_rms_norm(
             x_BTD, x0_BTD, self.residual_mix, self.input_mix, skip_BTD, skip_scale_D, eps=RMS_NORM_EPSILON
         )

@@ -1,4 +1,4 @@
-"""The small pieces every room of the model uses: RMS norm, a weight matrix, per-channel vectors.
+"""The small pieces that the model is made of: a weight matrix, per-channel vectors, RMS norm.
 
 B batch, T time (tokens in a row), D model width, I and O a matrix's input and output widths.
 """
@@ -60,8 +60,8 @@ class Matrix(nn.Module):
     def cast(self, dtype: torch.dtype, scale_O: Tensor | None = None) -> Tensor:
         """W `[O, I]` in `dtype`, rounded to int6 levels first where training fakes the artifact.
 
-        With a scale its rows are multiplied by it, so that y is: over B * T rows of activations that were a pass of
-        its own, and one more for its gradient.
+        With a scale W's rows are multiplied by it, which scales y's channels without a pass over B * T rows of
+        activations, or another for the scale's gradient.
         """
         rounded = self.fake_quantize and self.training
         if scale_O is None:

@@ -327,7 +327,7 @@ X, Y, X_SCALE, Y_SCALE, SKIP, SKIP_SCALE = make((2, 3, 4)).values()
         (([1.0], Y), {}, TypeError, "x_BTD must be a tensor, not list"),
         ((X.int(), Y), {}, TypeError, "x_BTD is torch.int32; it may be torch.float32 or"),
         ((X[0], Y), {}, ValueError, r"x_BTD has shape \[3, 4\]; it must be \[B, T, D\]"),
-        ((X[..., :0], Y[..., :0]), {}, ValueError, "x_BTD's number of channels is 0; it must be at least 1"),
+        ((X[..., :0], Y[..., :0]), {}, ValueError, "x_BTD's number of channels is 0; it must be from 1 to"),
         ((X, None), {}, TypeError, "y_BTD must be a tensor, not NoneType"),
         ((X, Y.half()), {}, TypeError, "y_BTD is torch.float16; it may be torch.float32$"),
         ((X, Y[0]), {}, ValueError, r"y_BTD has shape \[3, 4\]; it must be \[B, T, D\]"),

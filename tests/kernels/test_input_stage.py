@@ -393,7 +393,7 @@ TOKENS, TABLE, GATE, PAIRS, SCALE, STARTS = make((2, 3, 7, 5, 4)).values()
         (
             (TOKENS, TABLE[:, :0], GATE[:0]),
             ValueError,
-            "token_table_VD's number of columns is 0; it must be at least 1",
+            "token_table_VD's number of columns is 0; it must be from 1 to",
         ),
         ((TOKENS, TABLE.to("meta"), GATE), ValueError, "token_table_VD is on meta; it must be on cpu, as tokens_BT is"),
         ((TOKENS, TABLE, 0.5), TypeError, "gate_D must be a tensor, not float"),

@@ -79,18 +79,31 @@ def test_upstream_gradients_scale(device):
     assert all(map(torch.equal, [2 * grad for grad in once], twice))
 
 
+def test_sums_over_many_rows_fit_float16(device):
+    """Every row pushes the same way, so that their sum, before it is a mean, is beyond 65,504."""
+    x = torch.ones((1, 98304, 1), dtype=torch.float16, device=device)
+    weight = torch.zeros((4, 1), dtype=torch.float16, device=device).requires_grad_()
+    kernels.linear_cross_entropy(x, weight, torch.zeros((1, 98304), dtype=torch.int64, device=device)).backward()
+    assert weight.grad.flatten().tolist() == pytest.approx([-0.75, 0.25, 0.25, 0.25], rel=0.02)
+
+
 def test_a_large_logit_overflows_nothing(device):
     x, weight, targets = make((1, 4, 8, 16), torch.float32, device)
     loss = kernels.linear_cross_entropy(1e4 * x, weight, targets)
     assert bool(loss.isfinite())
 
 
-@pytest.mark.parametrize("target", [-1, 16, 2**40])
+@pytest.mark.parametrize("target", [-1, -100, 16, 2**40])
 def test_a_target_outside_gives_nan(target, device):
-    if dispatch.chosen() == "reference":
-        pytest.skip("PyTorch's cross-entropy ends the process's use of a GPU")
+    """From the kernel; PyTorch's cross-entropy raises on a CPU, and on a GPU ends the process's use of it."""
     x, weight, targets = make((1, 4, 8, 16), torch.float32, device)
     targets[0, 2] = target
+    if dispatch.chosen() == "reference":
+        if device.type == "cuda":
+            pytest.skip("would end the process's use of the GPU")
+        with pytest.raises(IndexError, match="out of bounds"):
+            kernels.linear_cross_entropy(x, weight, targets)
+        return
     x.requires_grad_()
     loss = kernels.linear_cross_entropy(x, weight, targets)
     assert bool(loss.isnan())
@@ -146,7 +159,7 @@ X, WEIGHT, TARGETS = make((2, 3, 4, 5))
         ((X[0], WEIGHT, TARGETS), ValueError, r"x_BTD has shape \[3, 4\]; it must be \[B, T, D\]"),
         ((X, WEIGHT.half(), TARGETS), TypeError, "weight_VD is torch.float16; it may be torch.float32"),
         ((X, WEIGHT[:, :3], TARGETS), ValueError, r"weight_VD has shape \[5, 3\]; .* it must be \[5, 4\]"),
-        ((X, WEIGHT[:0], TARGETS), ValueError, "weight_VD's number of rows is 0; it must be at least 1"),
+        ((X, WEIGHT[:0], TARGETS), ValueError, "weight_VD's number of rows is 0; it must be from 1 to 1048576"),
         ((X, WEIGHT.to("meta"), TARGETS), ValueError, "weight_VD is on meta; it must be on cpu, as x_BTD is"),
         ((X, WEIGHT, TARGETS.float()), TypeError, "targets_BT is torch.float32; it may be torch.int64 or"),
         ((X, WEIGHT, TARGETS[:1]), ValueError, r"targets_BT has shape \[1, 3\]; .* it must be \[2, 3\]"),
@@ -162,7 +175,8 @@ def test_bad_arguments(arguments, error, message):
     ("soft_cap", "error", "message"),
     [
         ("30", TypeError, "soft_cap must be a number or None, not str"),
-        (0.0, ValueError, "soft_cap is 0.0; it must be above 0"),
+        (0.0, ValueError, "soft_cap is 0.0; it must be above 0 and finite"),
+        (float("inf"), ValueError, "soft_cap is inf; it must be above 0 and finite"),
         (float("nan"), ValueError, "soft_cap is nan; it must be above 0"),
     ],
 )

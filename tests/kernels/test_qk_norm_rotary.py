@@ -283,7 +283,7 @@ QKV, GAIN, COS, SIN, _ = make((2, 3, 4, 2, 8)).values()
         ((QKV, GAIN, None, SIN, 2), TypeError, "cos_TF must be a tensor, not NoneType"),
         ((QKV, GAIN, COS.bool(), SIN, 2), TypeError, "cos_TF is torch.bool; it may be torch.float32 or"),
         ((QKV, GAIN, COS[0], SIN, 2), ValueError, r"cos_TF has shape \[4\]; it must be \[T, F\]"),
-        ((QKV, GAIN, COS[:, :0], SIN, 2), ValueError, "cos_TF's number of columns is 0; it must be at least 1"),
+        ((QKV, GAIN, COS[:, :0], SIN, 2), ValueError, "cos_TF's number of columns is 0; it must be from 1 to"),
         (
             (QKV, GAIN, COS[:2], SIN, 2),
             ValueError,

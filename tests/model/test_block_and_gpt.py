@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import recipe_model as recipe
 import torch
+import torch.nn.functional as F
 from small_models import random_batch, random_model, small_config
 from torch import nn
 
@@ -213,7 +214,8 @@ def test_qat_scores_the_weights_as_they_are():
     assert not torch.equal(model.train().logits(tokens_BT), plain.logits(tokens_BT))
 
 
-def test_activations_stay_in_bfloat16_and_logits_are_float32():
+def test_activations_stay_in_bfloat16_and_logits_are_float32(monkeypatch):
+    """What goes into and out of every module, and into every product and attention."""
     config = small_config(compute_dtype="bfloat16", document_boundaries=True, tie_embeddings=False, num_layers=3)
     model = random_model(config)
     seen = []
@@ -222,11 +224,23 @@ def test_activations_stay_in_bfloat16_and_logits_are_float32():
         tensors = [x for x in (*inputs, *(output if isinstance(output, tuple) else (output,))) if torch.is_tensor(x)]
         seen.extend((type(module).__name__, x.dtype) for x in tensors if x.is_floating_point() and x.dim() == 3)
 
+    def noted(name: str) -> None:
+        function = getattr(F, name)
+
+        def wrapper(*arguments: object, **options: object) -> torch.Tensor:
+            seen.extend((name, x.dtype) for x in arguments if torch.is_tensor(x))
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(F, name, wrapper)
+
     for module in model.modules():
         module.register_forward_hook(note)
+    noted("linear")
+    noted("scaled_dot_product_attention")
     tokens_BT, _ = random_batch(config, 2, 8)
     assert model.hidden(tokens_BT).dtype == torch.bfloat16
-    assert {"InputStage", "Attention", "MLP", "Block"} <= {name for name, _ in seen}
+    expected = {"InputStage", "Attention", "MLP", "Block", "linear", "scaled_dot_product_attention"}
+    assert expected <= {name for name, _ in seen}
     assert {dtype for _, dtype in seen} == {torch.bfloat16}
     assert model.logits(tokens_BT).dtype == torch.float32
 
