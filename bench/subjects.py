@@ -1,6 +1,6 @@
 """What is measured of the ops: which op, on inputs of which shape and dtype, and how much work that is.
 
-Shapes are written as in `kernels.testing`: smear_gate and add_rms_norm B x T x D, bigram_hash B x T x K,
+Shapes are written as in `kernels.cases`: smear_gate and add_rms_norm B x T x D, bigram_hash B x T x K,
 bigram_hash_embed B x T x K x D, input_stage B x T x V x K x D, qk_norm_rotary B x T x H x G x h, squared_relu_mlp
 B x T x D x H, linear_cross_entropy B x T x D x V, the int6 ops R x C.
 """
@@ -22,6 +22,7 @@ from golfmodel.config import resolve
 from golfmodel.model.gpt import GPT
 from golfmodel.model.parameters import Group, Storage, exported_parameters, parameter_specs
 from kernels import reference, testing
+from kernels.cases import CASES, Case
 from kernels.newton_schulz_plan import multiplications
 
 Draw = Callable[[torch.device, int], dict[str, Any]]  # (device, seed) -> keyword arguments
@@ -118,7 +119,7 @@ _SHAPE_ADDITIONS = {"add_rms_norm with skip": "+skip"}
 
 
 def _of_case(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Subject:
-    case = next(case for case in testing.CASES if case.name == name)
+    case = next(case for case in CASES if case.name == name)
 
     def draw(device: torch.device, seed: int) -> dict[str, Any]:
         arguments = case.draw(shape, dtype, device, seed, generator_device=device)
@@ -144,7 +145,7 @@ def _of_case(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Subject:
     )
 
 
-def _check_case(case: testing.Case, dtype: torch.dtype, device: torch.device) -> None:
+def _check_case(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     for shape in case.shapes:
         testing.check(case, shape, dtype, device)
 

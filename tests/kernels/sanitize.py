@@ -22,14 +22,15 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import kernels
 from kernels import testing
+from kernels.cases import CASES
 from kernels.clipping import clip_factors, square_sums
 from kernels.muon_update import momentum_newton_schulz_, muon_update_
 
 
 def main() -> None:
-    """Calls every case of `kernels.testing` twice at one shape, with gradients; every op that takes a list; Muon's."""
+    """Calls every case of `kernels.cases` twice at one shape, with gradients; every op that takes a list; Muon's."""
     device = torch.device("cuda")
-    for case in testing.CASES:
+    for case in CASES:
         for dtype in case.dtypes:
             arguments = case.draw(case.shapes[-1], dtype, device)
             upstream = testing.upstream_of(case, arguments, dtype, device, 0)

@@ -7,7 +7,8 @@ import torch
 
 import kernels
 from kernels import dispatch, testing
-from kernels.testing import CASES, Case, MismatchError, same_bits
+from kernels.cases import CASES, Case, random_shapes
+from kernels.testing import MismatchError, same_bits
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_outputs")
 
@@ -38,7 +39,7 @@ def test_odd_and_tiny_shapes(case, dtype, device):
 @every_dtype
 def test_random_shapes(case, dtype, device):
     count = 3 if device.type == "cuda" else 1  # of each dtype: interpreted, each takes its time
-    for number, shape in enumerate(testing.random_shapes(case, count, seed=case.dtypes.index(dtype))):
+    for number, shape in enumerate(random_shapes(case, count, seed=case.dtypes.index(dtype))):
         testing.check(case, shape, dtype, device, seed=100 * number)
 
 
