@@ -224,7 +224,7 @@ def _run_backward(
     scales = (x_scale_D, y_scale_D, skip_scale_D)
     grads = [None if scale_D is None else scale_D.new_empty(channels) for scale_D in scales]
     if sums_3PD is not None:
-        b_P, b_D, num_warps = tile("scale_grads", channels, like_BTD.get_device())
+        b_P, b_D, num_warps = tile("column_sums", channels, like_BTD.get_device())
         constants = (channels, compute, b_P, b_D)
         grid = (cdiv(channels, b_D), 3)
         launch(scale_grads_kernel, grid, (sums_3PD, *grads), (programs,), constants, num_warps=num_warps)

@@ -1,7 +1,8 @@
 """Every op in plain PyTorch: the definition that the kernels are held to.
 
-float64 inputs are computed in float64, every other dtype in float32, and the result is cast back. Nothing
-here checks its arguments: the public functions of `kernels` do, and hand over to these.
+float64 inputs are computed in float64, every other dtype in float32, and the result is cast back; products of
+activations with weights are PyTorch's in their own dtype. Nothing here checks its arguments: the public functions of
+`kernels` do, and hand over to these.
 
 Shapes: B batch, T time, D channels, K buckets, R rows, C columns, G groups of four columns; N matrices of S
 rows and L columns, S <= L. Of attention: H query heads, G key/value heads, I = H + G, J = H + 2 G, h head size,

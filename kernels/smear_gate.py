@@ -96,7 +96,7 @@ def gate_grad(sums_PD: Tensor, gate_D: Tensor) -> Tensor:
     """g (1 - g) * sums_PD.sum(0), in the gate's dtype."""
     grad_D = torch.empty_like(gate_D)
     programs, channels = sums_PD.shape
-    b_P, b_D, num_warps = tile("gate_grad", channels, sums_PD.get_device())
+    b_P, b_D, num_warps = tile("column_sums", channels, sums_PD.get_device())
     constants = (channels, compute_dtype(sums_PD.dtype), b_P, b_D)
     grid = (cdiv(channels, b_D),)
     launch(gate_grad_kernel, grid, (sums_PD, gate_D, grad_D), (programs,), constants, num_warps=num_warps)

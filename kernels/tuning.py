@@ -46,11 +46,10 @@ MEASURED: dict[tuple[int, int], dict[str, Shape]] = {
     (9, 0): {
         "add_rms_norm_fwd": Shape(1024, WHOLE_ROW, 256),
         "add_rms_norm_bwd": Shape(512, WHOLE_ROW, 512, max_rows=16),
-        "scale_grads": Shape(2048, 8, 256, max_rows=256),
         "cross_entropy": Shape(1024, WHOLE_ROW, 1024),
         "smear_gate_fwd": Shape(2048, 1024, 512),
         "smear_gate_bwd": Shape(512, 256, 512),
-        "gate_grad": Shape(2048, 8, 256, max_rows=256),
+        "column_sums": Shape(2048, 8, 256, max_rows=256),
         "bigram_hash": Shape(256, 1, 64),
         "bigram_hash_embed_fwd": Shape(4096, 1024, 512),
         "segment_sum": Shape(512, 256, 512),
