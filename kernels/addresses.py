@@ -1,8 +1,14 @@
-"""Addresses of many tensors in a table on the device: for kernels that work on all of them in one launch."""
+"""Small tables that kernels read from the device, addresses of tensors above all; also for CUDA graphs.
+
+A graph goes on reading a table wherever it is replayed. So one that is made or used while a graph is captured is there
+before the first replay, and is kept for good: a few kilobytes for each captured call.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +16,8 @@ from torch import Tensor
 from kernels.launch import tl, triton
 
 KEPT = 64  # tables of one kind
+
+_read_by_graphs: dict[int, Any] = {}
 
 
 @triton.jit
@@ -19,21 +27,62 @@ def typed_pointer(p_like, p_address, VECTOR: tl.constexpr):
     return tl.multiple_of(tl.load(p_address).to(p_like.dtype), VECTOR * BYTES)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph records what this thread does on the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def table_on(device: torch.device, rows: Sequence, dtype: torch.dtype) -> Tensor:
+    """The rows as a tensor on the device, there for whatever this stream does next; the host does not wait for it."""
+    if device.type != "cuda":
+        return torch.tensor(rows, dtype=dtype)
+    on_host = torch.tensor(rows, dtype=dtype, pin_memory=True)
+    if not is_capturing(device):
+        return on_host.to(device, non_blocking=True)
+    # On a stream beside the captured one: neither the copy nor the memory is the graph's.
+    with torch.cuda.stream(torch.cuda.Stream(device)) as stream:
+        table = on_host.to(device, non_blocking=True)
+        stream.synchronize()
+    return table
+
+
+def keep_for_graph(device: torch.device, tables: Any) -> None:
+    """Keeps an object that holds tables, if a graph is being captured that will read them."""
+    if is_capturing(device):
+        _read_by_graphs[id(tables)] = tables
+
+
 class KeptTables:
-    """Tables of whole numbers, kept on the device for the next call with the same ones; the oldest goes first."""
+    """What was made for the last calls, for the next one with the same key; the oldest goes first."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple, Tensor] = {}
+        self._kept: dict[Hashable, Any] = {}
+
+    def get(self, device: torch.device, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gave for this key: an object that holds tables on the device, made on this stream."""
+        # The stream is in the key, because only there have the tables surely arrived.
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        key = (device, stream, key)
+        tables = self._kept.get(key)
+        if tables is None:
+            if len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]
+            tables = self._kept[key] = make()
+        keep_for_graph(device, tables)
+        return tables
 
     def on(self, device: torch.device, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """The rows as int64 `[len(rows), fields]` on the device, without waiting for it."""
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        # The stream is in the key, because only there has the table surely arrived.
-        key = (device, stream, tuple(rows))
-        table = self._kept.get(key)
-        if table is None:
-            if len(self._kept) >= KEPT:
-                del self._kept[next(iter(self._kept))]
-            on_host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-            table = self._kept[key] = on_host.to(device, non_blocking=True)
-        return table
+        rows = tuple(rows)
+        return self.get(device, rows, lambda: table_on(device, rows, torch.int64))
+
+
+def kept_tables(function: Callable) -> Callable:
+    """Decorates `function(*key, device)`, which makes tables on the device: as `KeptTables.get`."""
+    tables = KeptTables()
+
+    @functools.wraps(function)
+    def of(*arguments: Any) -> Any:
+        return tables.get(arguments[-1], arguments[:-1], lambda: function(*arguments))
+
+    return of

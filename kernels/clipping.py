@@ -5,19 +5,17 @@ Shapes: T tensors; S sums.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.addresses import KeptTables, typed_pointer
+from kernels.addresses import KeptTables, kept_tables, table_on, typed_pointer
 from kernels.launch import cdiv, launch, tl, triton
-from kernels.registration import is_captured, is_traced
+from kernels.registration import is_traced
 
 CHUNK = 8192  # elements whose squares one program adds up
-KEPT = 64  # what is kept for the next call on tensors of the same sizes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -71,22 +69,20 @@ def clip_factors(sums: Tensor, largest: float) -> Tensor:
         sums: as `square_sums` gives them.
     """
     run = reference.clip_factors
-    if not is_traced((sums,)) and not is_captured(sums):
+    if not is_traced((sums,)):
         run = dispatch.implementation("clip_factors", sums)
     return run(sums, largest)
 
 
 def _runs(tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernel takes these: contiguous and aligned; and no CUDA graph that outlives a table."""
-    return not is_captured(tensors[0]) and all(
-        tensor.dtype in DTYPES and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors
-    )
+    """Whether the kernel takes these: contiguous and aligned."""
+    return all(tensor.dtype in DTYPES and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
-@functools.lru_cache(KEPT)
+@kept_tables
 def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     chunks = [(tensor, chunk) for tensor, size in enumerate(sizes) for chunk in range(cdiv(size, CHUNK))]
-    return torch.tensor(chunks, dtype=torch.int32).to(device)
+    return table_on(device, chunks, torch.int32)
 
 
 _tables = KeptTables()

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.addresses import KeptTables, table_on
 from kernels.launch import launch, tl, triton
-from kernels.registration import is_captured, is_traced
+from kernels.registration import is_traced
 from kernels.tuning import next_power_of_2
 
-KEPT = 64  # tables kept for the next call on the same matrices
 ALIGNMENT = 16  # bytes: every result starts at a multiple, so that it can be written in the widest words
 
 
@@ -87,7 +87,7 @@ class _Batch(NamedTuple):
     b_N: int
 
 
-_batches: dict[tuple, _Batch] = {}
+_batches = KeptTables()
 _all_at_once: dict[Callable, Callable] = {}
 
 
@@ -111,7 +111,7 @@ def for_each(name: str, matrices: Sequence[Tensor], *others: Sequence) -> list |
     if len(matrices) == 0:
         return matrices[:]
     op = dispatch.implementation(name, matrices[0])
-    if op in _all_at_once and not is_traced(matrices) and not is_captured(matrices[0]):
+    if op in _all_at_once and not is_traced(matrices):
         results = _all_at_once[op](matrices, *others)
     else:
         results = [op(*arguments) for arguments in zip(matrices, *others, strict=True)]
@@ -139,15 +139,9 @@ def run_all(plan: Callable[..., Work], arguments: list[tuple]) -> list[list[Tens
     kind have one dtype and share one allocation.
     """
     device = arguments[0][0].device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     traits = [[(x.data_ptr(), x.dtype, x.shape) if isinstance(x, Tensor) else x for x in xs] for xs in arguments]
-    # All that a table holds is in the key. The stream is, because only there has the table surely arrived.
-    key = (plan, device, stream, *map(tuple, traits))
-    batch = _batches.get(key)
-    if batch is None:
-        if len(_batches) >= KEPT:
-            del _batches[next(iter(_batches))]
-        batch = _batches[key] = _prepare(plan, arguments, device)
+    # all that a table holds is in the key
+    batch = _batches.get(device, (plan, *map(tuple, traits)), lambda: _prepare(plan, arguments, device))
     flats = [torch.empty(size, dtype=dtype, device=device) for size, dtype in batch.sizes]
     for work, first, programs, table in batch.groups:
         tensors = (*_tensors(arguments[first]), *flats, table)
@@ -187,8 +181,7 @@ def _prepare(plan: Callable[..., Work], arguments: list[tuple], device: torch.de
         columns += [[programs] * len(columns[0])] * (b_N - len(columns))
         tables.append(list(zip(*columns, strict=True)))
         totals.append(programs)
-    on_host = torch.tensor(tables, dtype=torch.int64, pin_memory=device.type == "cuda")
-    on_device = on_host.to(device, non_blocking=True)
+    on_device = table_on(device, tables, torch.int64)
     groups = [
         _Group(works[indices[0]], indices[0], programs, table)
         for indices, programs, table in zip(members.values(), totals, on_device, strict=True)

@@ -5,22 +5,20 @@ Shapes: M, N a matrix; Z matrices.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.addresses import KeptTables, typed_pointer
+from kernels.addresses import KeptTables, kept_tables, table_on, typed_pointer
 from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
 from kernels.newton_schulz_tiles import Momentum, orthogonalize
 from kernels.reference import Triple, coefficients_per_step
-from kernels.registration import is_captured, is_traced
+from kernels.registration import is_traced
 
 CHUNK = 4096  # elements of a weight that one program updates
 VECTOR = 4  # elements that a lane takes at a time: 16 bytes of float32
-KEPT = 64  # what is kept for the next call on matrices of the same shapes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -102,9 +100,9 @@ def muon_update_(
 
 
 def _runs(factor: float | Tensor, *lists: Sequence[Tensor]) -> bool:
-    """Whether the kernels take these: contiguous, aligned, of one dtype; and no CUDA graph that outlives a table."""
+    """Whether the kernels take these: contiguous, aligned, of one dtype."""
     first = lists[0][0]
-    if first.dtype not in DTYPES or is_captured(first):
+    if first.dtype not in DTYPES:
         return False
     if isinstance(factor, Tensor) and factor.device != first.device:
         return False
@@ -133,15 +131,15 @@ def _momentum_newton_schulz_(
     return results
 
 
-@functools.lru_cache(KEPT)
+@kept_tables
 def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     chunks = [(matrix, chunk) for matrix, size in enumerate(sizes) for chunk in range(cdiv(size, CHUNK))]
-    return torch.tensor(chunks, dtype=torch.int32).to(device)
+    return table_on(device, chunks, torch.int32)
 
 
-@functools.lru_cache(KEPT)
+@kept_tables
 def _scales(scales: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(scales, dtype=torch.float32).to(device)
+    return table_on(device, scales, torch.float32)
 
 
 _tables = KeptTables()

@@ -12,14 +12,12 @@ from kernels import dispatch, reference
 from kernels.checks import FLOATS, check_device, check_dtype, check_integer
 from kernels.newton_schulz_tiles import orthogonalize
 from kernels.reference import NAMED_COEFFICIENTS, Triple, coefficients_per_step
-from kernels.registration import is_captured, is_traced
+from kernels.registration import is_traced
 
 
 def _run(matrices: Sequence[Tensor], coefficients: Sequence[float]) -> list[Tensor]:
     """Of tensors [..., M, N], none of them empty or float64; the coefficients of all steps in one row."""
     triples = tuple(zip(*[iter(coefficients)] * 3, strict=True))
-    if is_captured(matrices[0]):
-        return reference.newton_schulz(list(matrices), steps=len(triples), coefficients=triples)
     by_dtype: dict[torch.dtype, list[int]] = {}
     for index, matrix in enumerate(matrices):
         by_dtype.setdefault(matrix.dtype, []).append(index)
@@ -101,8 +99,7 @@ def newton_schulz(
 
         A matrix's result does not depend on what else is in the list. The kernel rounds a matrix to bfloat16 before it
         divides by the norm, and takes long ones by their Gram matrix (`kernels.newton_schulz_plan`), so its result is
-        not the reference's to the bit. Where a gradient is asked for, for float64, and
-        in a CUDA graph's capture, the reference runs.
+        not the reference's to the bit. Where a gradient is asked for, and for float64, the reference runs.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.

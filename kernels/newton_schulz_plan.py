@@ -17,7 +17,6 @@ Shapes: M, N a matrix as given; everything else in tiles of TILE x TILE.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -26,13 +25,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.addresses import kept_tables, table_on
 from kernels.launch import cdiv
 from kernels.reference import NAMED_COEFFICIENTS, Triple
 
 TILE = 128
 START_ROWS = {"cuda": 8, "cpu": 128}  # of a tile that one program copies; the interpreter is slow to start one
 ALIGNMENT = 8  # elements: every result starts at a multiple of 16 bytes
-KEPT = 64  # plans kept for the next call on matrices of the same shapes
 # Buffers of a matrix: X, X after an update; squares: R, P R, and three that P and the product of all P take in turn.
 X, R, PR, P = (0, 1), 2, 3, (4, 5, 6)
 
@@ -220,7 +219,7 @@ class Plan(NamedTuple):
     start_rows: int  # of a part
 
 
-@functools.lru_cache(KEPT)
+@kept_tables
 def plan_of(shapes: tuple[tuple[int, int, int], ...], coefficients: tuple[Triple, ...], device: torch.device) -> Plan:
     """For batches of so many matrices [M, N], and a triple for each iteration."""
     rows, parts, places, stages, starts = [], [], [], [], []
@@ -246,8 +245,8 @@ def plan_of(shapes: tuple[tuple[int, int, int], ...], coefficients: tuple[Triple
     factors = factors_of(stages)
     return Plan(
         rows,
-        *(torch.tensor(table, dtype=torch.int32).to(device) for table in tables),
-        factors=torch.tensor(factors, dtype=torch.float32).to(device),
+        *(table_on(device, table, torch.int32) for table in tables),
+        factors=table_on(device, factors, torch.float32),
         adds=any(beta for _, beta, _, _ in factors),
         counters=1 + sum(map(len, stages)),
         starts=starts,

@@ -28,11 +28,6 @@ def _stands_in(argument: Any) -> bool:
     return isinstance(argument, Tensor)
 
 
-def is_captured(tensor: Tensor) -> bool:
-    """Whether a CUDA graph records what is done to it: it would keep addresses of tables that may be gone by then."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def register(
     name: str,
     run: Callable,
