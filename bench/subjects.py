@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,17 +53,6 @@ class Subject:
     def label(self) -> str:
         """As a test id."""
         return f"{self.op}-{self.shape}-{self.dtype}"
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested lists, tuples and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from tensors_of(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from tensors_of(entry)
 
 
 def subjects(*, on_gpu: bool) -> list[Subject]:
@@ -207,7 +196,7 @@ def newton_schulz_flops(rows: int, columns: int, steps: int = 5) -> float:
 
 def _check_exact(op: str, draw: Draw, function: Callable, definition: Callable, device: torch.device) -> None:
     arguments = draw(device, 1)
-    ours, theirs = (tensors_of(each(**arguments)) for each in (function, definition))
+    ours, theirs = (testing.tensors_of(each(**arguments)) for each in (function, definition))
     for index, (result, wanted) in enumerate(zip(ours, theirs, strict=True)):
         testing.compare(f"{op}: tensor {index} of the list", [(result, wanted, wanted)], exact=True)
 

@@ -9,9 +9,10 @@ import kernels
 from bench import comparison
 from bench.ceilings import Ceilings
 from bench.comparison import Row, compare, providers
-from bench.subjects import Subject, newton_schulz_flops, subjects, tensors_of
+from bench.subjects import Subject, newton_schulz_flops, subjects
 from bench.table import duration, markdown
 from bench.timing import Times
+from kernels.testing import tensors_of
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e10, 1e12)
