@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +161,18 @@ def linear_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, s
         z_NV = soft_cap * torch.tanh(z_NV / soft_cap)
     # no target is one to ignore, as PyTorch's -100 would be
     return F.cross_entropy(z_NV, targets_BT.flatten().to(torch.int64), ignore_index=torch.iinfo(torch.int64).min)
+
+
+def cast_weights(
+    matrices: Sequence[Tensor], dtype: torch.dtype, scales: Sequence[Tensor | None], joined: Sequence[int]
+) -> list[Tensor]:
+    """scale[:, None] * w of each matrix in `dtype`; the next joined[i] of them, row after row, are result i."""
+    compute = _compute_dtype(matrices[0].dtype)
+    parts = [
+        (weight_RC if scale_R is None else scale_R.to(compute)[:, None] * weight_RC.to(compute)).to(dtype)
+        for weight_RC, scale_R in zip(matrices, scales, strict=True)
+    ]
+    return [torch.cat(parts[end - count : end]) for count, end in zip(joined, accumulate(joined), strict=True)]
 
 
 def quantize_int6(weight_RC: Tensor) -> tuple[Tensor, Tensor]:

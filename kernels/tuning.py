@@ -46,6 +46,7 @@ MEASURED: dict[tuple[int, int], dict[str, Shape]] = {
     (9, 0): {
         "add_rms_norm_fwd": Shape(1024, WHOLE_ROW, 256),
         "add_rms_norm_bwd": Shape(512, WHOLE_ROW, 512, max_rows=16),
+        "cast_weights": Shape(2048, 512, 512),
         "cross_entropy": Shape(1024, WHOLE_ROW, 1024),
         "smear_gate_fwd": Shape(2048, 1024, 512),
         "smear_gate_bwd": Shape(512, 256, 512),

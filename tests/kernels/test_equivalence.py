@@ -140,6 +140,10 @@ def test_opcheck(case, device):
         args[1] = args[0].dtype
     if case.op == "newton_schulz":
         args = [args, [3.4445, -4.7750, 2.0315] * 2]
+    if case.op == "cast_weights":
+        matrices, dtype, scales, joined = args
+        scaled = [index for index, scale in enumerate(scales) if scale is not None]
+        args = [matrices, [scales[index] for index in scaled], scaled, joined, dtype]
     torch.library.opcheck(getattr(torch.ops.golf, case.op).default, tuple(args))
 
 
