@@ -170,7 +170,7 @@ def _backward(subject: Subject, function: Callable[..., Any], inputs: list[dict[
     inputs_counted = [value for name, value in inputs[0].items() if name not in subject.alike]
     gradients_counted = [inputs[0][name] for name in subject.differentiable if name not in subject.alike]
     moved = sum(tensor.nbytes for tensor in tensors_of([inputs_counted, gradients_counted, ready[0][2]]))
-    return gradients, moved
+    return gradients, moved - subject.unread
 
 
 def _copy(moved: int, sets: int, device: torch.device) -> Timed:
