@@ -330,6 +330,7 @@ CASES: tuple[Case, ...] = (
         for name, options in (
             ("linear_cross_entropy", {"soft_cap": 5.0}),
             ("linear_cross_entropy without cap", {}),
+            ("linear_cross_entropy without reduction", {"soft_cap": 5.0, "reduction": "none"}),
         )
     ),
     Case(name="quantize_int6", op="quantize_int6", inputs=_weight, exact=("output", "output 1"), **_MATRICES),

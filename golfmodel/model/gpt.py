@@ -76,9 +76,8 @@ class GPT(nn.Module):
 
     def token_losses(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy of each target in nats, float32 `[B, T]`."""
-        logits_BTV = self.logits(tokens_BT)
-        losses = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
-        return losses.view_as(targets_BT)
+        x_BTD, cap = self.hidden(tokens_BT), self.config.logit_softcap
+        return linear_cross_entropy(x_BTD, self._head(), targets_BT, soft_cap=cap, reduction="none")
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Soft-capped logits in float32 `[B, T, V]`."""
