@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from bench.ceilings import Ceilings
-from bench.subjects import Subject, tensors_of
+from bench.subjects import Subject
 from bench.timing import ROUNDS, Timed, Times, interleaved, rotations
 from kernels import dispatch
-from kernels.testing import MismatchError
+from kernels.testing import MismatchError, for_tensors, tensors_of
 
 TRITON, COMPILE, EAGER, COPY = "triton", "compile", "eager", "copy"
 
@@ -156,18 +156,21 @@ def _backward(subject: Subject, function: Callable[..., Any], inputs: list[dict[
     # a graph that is walked more than once must not give its memory away
     with torch._functorch.config.patch(donated_buffer=False):
         for arguments in inputs:
-            leaves = {name: arguments[name].detach().requires_grad_() for name in subject.differentiable}
+            leaves = {
+                name: for_tensors(lambda x: x.detach().requires_grad_(), arguments[name])
+                for name in subject.differentiable
+            }
             outputs = list(tensors_of(function(**{**arguments, **leaves})))
-            ready.append((outputs, list(leaves.values()), [torch.randn_like(output) for output in outputs]))
+            ready.append((outputs, list(tensors_of(leaves)), [torch.randn_like(output) for output in outputs]))
 
     def gradients(index: int) -> tuple[Tensor, ...]:
         outputs, leaves, upstream = ready[index]
         return torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
 
-    named = zip(subject.differentiable, gradients(0), strict=True)
-    counted = [value for name, value in (*inputs[0].items(), *named) if name not in subject.alike]
-    moved = sum(tensor.nbytes for tensor in tensors_of([counted, ready[0][2]]))
-    return gradients, moved
+    inputs_counted = [value for name, value in inputs[0].items() if name not in subject.alike]
+    gradients_counted = [inputs[0][name] for name in subject.differentiable if name not in subject.alike]
+    moved = sum(tensor.nbytes for tensor in tensors_of([inputs_counted, gradients_counted, ready[0][2]]))
+    return gradients, moved - subject.unread
 
 
 def _copy(moved: int, sets: int, device: torch.device) -> Timed:

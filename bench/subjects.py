@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from golfmodel.model.gpt import GPT
 from golfmodel.model.parameters import Group, Storage, exported_parameters, parameter_specs
 from kernels import reference, testing
 from kernels.cases import CASES, Case
+from kernels.cases import Draw as DrawOfCase
 from kernels.newton_schulz_plan import multiplications
 
 Draw = Callable[[torch.device, int], dict[str, Any]]  # (device, seed) -> keyword arguments
@@ -42,6 +43,7 @@ class Subject:
     check: Callable[[torch.device], None]  # raises `kernels.testing.MismatchError`
     differentiable: Sequence[str] = ()
     alike: Sequence[str] = ()  # inputs whose gradient is another's, which depends on their sum alone: no bytes more
+    unread: float = 0.0  # bytes of inputs that the backward pass has no use for
     flops: float = 0.0  # forward, and twice that backward; 0 where bytes are what takes the time
 
     @property
@@ -53,17 +55,6 @@ class Subject:
     def label(self) -> str:
         """As a test id."""
         return f"{self.op}-{self.shape}-{self.dtype}"
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested lists, tuples and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from tensors_of(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from tensors_of(entry)
 
 
 def subjects(*, on_gpu: bool) -> list[Subject]:
@@ -197,7 +188,45 @@ def _of_the_model(preset: str, shape: str) -> list[Subject]:
             **orthogonalised,
         )
     )
-    return found
+    return [*found, _of_the_model_casts(model, shape)]
+
+
+def _of_the_model_casts(model: GPT, shape: str) -> Subject:
+    """`cast_weights` as a step of the model calls it."""
+    sources = [source for module in (*model.blocks, model.input) for source in module.sources()]
+    parts = [(tuple(each.weight.shape), source.scale_O is not None) for source in sources for each in source.matrices]
+
+    def inputs(draw: DrawOfCase) -> dict[str, Any]:
+        return {
+            "matrices": [draw.normal(*each, dtype=torch.float32, size=0.04) for each, _ in parts],
+            "dtype": draw.dtype,
+            "scales": [draw.normal(each[0], dtype=torch.float32) if scaled else None for each, scaled in parts],
+            "joined": [len(source.matrices) for source in sources],
+        }
+
+    case = Case(
+        name="cast_weights of the model",
+        op="cast_weights",
+        inputs=inputs,
+        shapes=((),),  # the model's, which `inputs` knows
+        empty=(),
+        model=(),
+        ranges=(),
+        dtypes=(torch.bfloat16,),
+        differentiable=("matrices", "scales"),
+    )
+    return Subject(
+        op="cast_weights",
+        shape=shape,
+        dtype="float32-to-bfloat16",
+        draw=lambda device, seed: case.draw((), torch.bfloat16, device, seed, generator_device=device),
+        function=case.function,
+        definition=case.definition,
+        checked_as="cast_weights of a list",
+        check=functools.partial(_check_case, case, torch.bfloat16),
+        differentiable=case.differentiable,
+        unread=sum(4.0 * math.prod(each) for each, scaled in parts if not scaled),
+    )
 
 
 def newton_schulz_flops(rows: int, columns: int, steps: int = 5) -> float:
@@ -207,7 +236,7 @@ def newton_schulz_flops(rows: int, columns: int, steps: int = 5) -> float:
 
 def _check_exact(op: str, draw: Draw, function: Callable, definition: Callable, device: torch.device) -> None:
     arguments = draw(device, 1)
-    ours, theirs = (tensors_of(each(**arguments)) for each in (function, definition))
+    ours, theirs = (testing.tensors_of(each(**arguments)) for each in (function, definition))
     for index, (result, wanted) in enumerate(zip(ours, theirs, strict=True)):
         testing.compare(f"{op}: tensor {index} of the list", [(result, wanted, wanted)], exact=True)
 

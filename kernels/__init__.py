@@ -5,6 +5,7 @@
 
 from kernels.add_rms_norm import add_rms_norm
 from kernels.bigram_hash import bigram_hash, bigram_hash_embed
+from kernels.cast_weights import cast_weights
 from kernels.input_stage import input_stage
 from kernels.int6 import dequantize_int6, fake_quantize_int6, quantize_int6
 from kernels.int6_packing import pack_int6, unpack_int6
@@ -18,6 +19,7 @@ __all__ = [
     "add_rms_norm",
     "bigram_hash",
     "bigram_hash_embed",
+    "cast_weights",
     "dequantize_int6",
     "fake_quantize_int6",
     "input_stage",

@@ -167,6 +167,14 @@ def _packed(draw: Draw, r: int, c: int) -> dict[str, Any]:
     return {"packed": draw.integers(0, 256, r, 3 * -(-c // 4), dtype=torch.uint8), "num_columns": c}
 
 
+def _weights(draw: Draw, r: int, c: int, *, scaled: bool) -> dict[str, Any]:
+    wide = _wide(draw.dtype)
+    shapes = ((r, c), (r + 2, c), (r, c + 3), (r + 1, c))
+    scales = [draw.normal(rows, dtype=wide) if scaled and rows != r + 2 else None for rows, _ in shapes]
+    matrices = [draw.normal(*shape, dtype=wide, size=0.04) for shape in shapes]
+    return {"matrices": matrices, "dtype": draw.dtype, "scales": scales, "joined": [2, 1, 1]}
+
+
 def _matrix(draw: Draw, m: int, n: int) -> dict[str, Any]:
     return {"matrices": draw.normal(m, n, size=0.02)}
 
@@ -179,6 +187,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 _FEW_ROWS = ((1, 1, 1, 2, 1), (2, 2, 3, 4, 127))
 _MANY_ROWS = ((1, 2, 9, 5, 64), (1, 131, 3, 4, 67), (3, 5, 60, 40, 513))
 _MANY_ROWS_RANGES = ((1, 3), (1, 30), (1, 20), (2, 20), (64, 200))
+_RESULTS = ("output", "output 1", "output 2")
 _MATRICES = {
     "shapes": ((1, 1), (3, 127), (127, 3), (5, 513), (16, 512), (2, 8200)),
     "empty": ((0, 4), (4, 0)),
@@ -321,6 +330,7 @@ CASES: tuple[Case, ...] = (
         for name, options in (
             ("linear_cross_entropy", {"soft_cap": 5.0}),
             ("linear_cross_entropy without cap", {}),
+            ("linear_cross_entropy without reduction", {"soft_cap": 5.0, "reduction": "none"}),
         )
     ),
     Case(name="quantize_int6", op="quantize_int6", inputs=_weight, exact=("output", "output 1"), **_MATRICES),
@@ -342,6 +352,21 @@ CASES: tuple[Case, ...] = (
         exact=("output", "grad weight_RC"),
         options={"dtype": torch.bfloat16},
         **_MATRICES,
+    ),
+    *(
+        Case(
+            name=name,
+            op="cast_weights",
+            inputs=functools.partial(_weights, scaled=scaled),
+            shapes=((1, 1), (3, 127), (127, 3), (5, 513), (16, 512)),
+            empty=((0, 4), (4, 0)),
+            model=(1536, 512),
+            ranges=((1, 40), (1, 700)),
+            differentiable=("matrices", "scales") if scaled else ("matrices",),
+            by_element=_RESULTS,
+            exact=() if scaled else (*_RESULTS, *(f"grad matrices[{index}]" for index in range(4))),
+        )
+        for name, scaled in (("cast_weights", True), ("cast_weights without scales", False))
     ),
     Case(
         name="newton_schulz",

@@ -18,6 +18,8 @@ from kernels.launch import MAX_COLUMNS, aligned, cdiv, compute_dtype, launch, tl
 from kernels.registration import register
 from kernels.tuning import tile
 
+REDUCTIONS = ("mean", "none")
+
 
 @triton.jit
 def tanh(x, COMPUTE: tl.constexpr):
@@ -66,8 +68,10 @@ def cross_entropy_kernel(
     tl.store(p_logits, grad.to(p_logits.dtype.element_ty), mask=m_NV)
 
 
-def _run(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor]:
-    """The mean loss, and each row's gradient by its logits [N, V]."""
+def _run(
+    x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, soft_cap: float | None, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The mean loss or all of them, and each row's gradient by its logits [N, V]."""
     rows_NV = F.linear(aligned(x_BTD).flatten(0, 1), aligned(weight_VD))
     rows, vocabulary = rows_NV.shape
     losses_N = x_BTD.new_empty(rows, dtype=torch.promote_types(x_BTD.dtype, torch.float32))
@@ -75,23 +79,32 @@ def _run(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, soft_cap: float |
     constants = (soft_cap, vocabulary, compute_dtype(x_BTD.dtype), b_N, b_V)
     tensors = (rows_NV, targets_BT.contiguous(), losses_N)
     launch(cross_entropy_kernel, (cdiv(rows, b_N),), tensors, (rows,), constants, num_warps=num_warps)
-    return losses_N.mean(), rows_NV
+    return losses_N.mean() if reduction == "mean" else losses_N.view(targets_BT.shape), rows_NV
 
 
-def _fake(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor]:
+def _fake(
+    x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, soft_cap: float | None, reduction: str
+) -> tuple[Tensor, Tensor]:
     rows = x_BTD.shape[0] * x_BTD.shape[1]
-    loss = x_BTD.new_empty((), dtype=torch.promote_types(x_BTD.dtype, torch.float32))
+    loss = x_BTD.new_empty(
+        () if reduction == "mean" else targets_BT.shape, dtype=torch.promote_types(x_BTD.dtype, torch.float32)
+    )
     return loss, x_BTD.new_empty((rows, weight_VD.shape[0]))
 
 
 def _run_backward(grad: Tensor, x_BTD: Tensor, weight_VD: Tensor, grad_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and the weight."""
+    """The gradients of x and the weight, from the mean's [] or every loss's [B, T]."""
     x_ND, weight_VD = aligned(x_BTD).flatten(0, 1), aligned(weight_VD)
-    scale = grad / max(len(grad_NV), 1)
     if x_BTD.dtype == torch.float16:  # which holds neither weights as small as 1 / N nor sums over N rows
         grad_NV, x_ND, weight_VD = grad_NV.float(), x_ND.float(), weight_VD.float()
-    grad_x_ND = grad_NV @ (weight_VD * scale).to(weight_VD.dtype)
-    grad_weight_VD = grad_NV.mT @ x_ND * scale
+    if grad.dim():
+        scale_N1 = grad.flatten()[:, None]
+        grad_x_ND = grad_NV @ weight_VD * scale_N1
+        grad_weight_VD = grad_NV.mT @ (x_ND * scale_N1).to(x_ND.dtype)
+    else:
+        scale = grad / max(len(grad_NV), 1)
+        grad_x_ND = grad_NV @ (weight_VD * scale).to(weight_VD.dtype)
+        grad_weight_VD = grad_NV.mT @ x_ND * scale
     return grad_x_ND.view(x_BTD.shape).to(x_BTD.dtype), grad_weight_VD.to(x_BTD.dtype)
 
 
@@ -103,7 +116,7 @@ _backward_op = register("linear_cross_entropy_backward", _run_backward, _fake_ba
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x_BTD, weight_VD, _, _ = inputs
+    x_BTD, weight_VD, *_ = inputs
     _, grad_NV = output
     ctx.mark_non_differentiable(grad_NV)
     ctx.set_materialize_grads(False)
@@ -112,8 +125,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
     if grad is None:
-        return None, None, None, None
-    return *_backward_op(grad, *ctx.saved_tensors), None, None
+        return None, None, None, None, None
+    return *_backward_op(grad, *ctx.saved_tensors), None, None, None
 
 
 _op = register("linear_cross_entropy", _run, _fake, differentiate=_backward, setup_context=_setup_context)
@@ -125,30 +138,37 @@ def _loss(*arguments: Any) -> Tensor:
 
 
 def linear_cross_entropy(
-    x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, *, soft_cap: float | None = None
+    x_BTD: Tensor,
+    weight_VD: Tensor,
+    targets_BT: Tensor,
+    *,
+    soft_cap: float | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
-    """The mean cross-entropy, in nats, of logits that are made here and never kept.
+    """The cross-entropy, in nats, of logits that are made here and never kept.
 
         z = x weight^T,   z <- soft_cap * tanh(z / soft_cap)
-        loss = mean over B and T of log(sum(exp(z))) - z[target]
+        loss = log(sum(exp(z))) - z[target],   and its mean over B and T
 
     Logits are rounded to x's dtype, as a product's result is, and everything after that is computed in float32
     (float64 for a float64 x). The forward pass leaves their gradient in their place.
 
     Args:
-        x_BTD: [B, T, D], float32, bfloat16, float16 or float64; no rows give NaN.
+        x_BTD: [B, T, D], float32, bfloat16, float16 or float64; the mean of no rows is NaN.
         weight_VD: [V, D] in x's dtype, V from 1 to 2^20.
         targets_BT: [B, T], any integer dtype, each in [0, V). Looking at the values would make the host wait for
             the device, so a GPU does not check them: a target outside gives NaN, and never a stray read.
         soft_cap: the largest size of a capped logit, above 0 and finite; None for no cap.
+        reduction: "mean", or "none" for the loss of every target.
 
     Returns:
-        [], float32 (float64 for a float64 x). Differentiable in x and weight.
+        [], or [B, T] without reduction; float32 (float64 for a float64 x). Differentiable in x and weight.
 
     Raises:
-        TypeError: an argument is no tensor or its dtype is not one of those above, or soft_cap is no number.
-        ValueError: a shape does not fit, V is not from 1 to 2^20, soft_cap is not above 0 or not finite, or the tensors
-            are on different devices.
+        TypeError: an argument is no tensor or its dtype is not one of those above, soft_cap is no number, or reduction
+            is no string.
+        ValueError: a shape does not fit, V is not from 1 to 2^20, soft_cap is not above 0 or not finite, reduction is
+            neither of its choices, or the tensors are on different devices.
 
     Source: the soft cap of Gemma 2, 2024, arXiv:2408.00118; the gradient in the logits' place is an idea of Hsu et al.
     2024, arXiv:2410.10989.
@@ -167,4 +187,8 @@ def linear_cross_entropy(
         if not 0 < soft_cap < math.inf:
             raise ValueError(f"soft_cap is {soft_cap}; it must be above 0 and finite")
         soft_cap = float(soft_cap)
-    return dispatch.implementation("linear_cross_entropy", x_BTD)(x_BTD, weight_VD, targets_BT, soft_cap)
+    if not isinstance(reduction, str):
+        raise TypeError(f"reduction must be a string, not {type(reduction).__name__}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; it may be {' or '.join(map(repr, REDUCTIONS))}")
+    return dispatch.implementation("linear_cross_entropy", x_BTD)(x_BTD, weight_VD, targets_BT, soft_cap, reduction)

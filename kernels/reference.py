@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -153,13 +154,29 @@ def squared_relu_mlp(x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD
     return y_BTD if residual_BTD is None else residual_BTD + y_BTD
 
 
-def linear_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, soft_cap: float | None = None) -> Tensor:
-    """The mean of log(sum(exp(z))) - z[target], z = x weight^T in x's dtype, then soft_cap * tanh(z / soft_cap)."""
+def linear_cross_entropy(
+    x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, soft_cap: float | None = None, reduction: str = "mean"
+) -> Tensor:
+    """log(sum(exp(z))) - z[target], z = x weight^T in x's dtype, then soft_cap * tanh(z / soft_cap); or its mean."""
     z_NV = F.linear(x_BTD, weight_VD).flatten(0, 1).to(_compute_dtype(x_BTD.dtype))
     if soft_cap is not None:
         z_NV = soft_cap * torch.tanh(z_NV / soft_cap)
     # no target is one to ignore, as PyTorch's -100 would be
-    return F.cross_entropy(z_NV, targets_BT.flatten().to(torch.int64), ignore_index=torch.iinfo(torch.int64).min)
+    options = {"ignore_index": torch.iinfo(torch.int64).min, "reduction": reduction}
+    loss = F.cross_entropy(z_NV, targets_BT.flatten().to(torch.int64), **options)
+    return loss if reduction == "mean" else loss.view(targets_BT.shape)
+
+
+def cast_weights(
+    matrices: Sequence[Tensor], dtype: torch.dtype, scales: Sequence[Tensor | None], joined: Sequence[int]
+) -> list[Tensor]:
+    """scale[:, None] * w of each matrix in `dtype`; the next joined[i] of them, row after row, are result i."""
+    compute = _compute_dtype(matrices[0].dtype)
+    parts = [
+        (weight_RC if scale_R is None else scale_R.to(compute)[:, None] * weight_RC.to(compute)).to(dtype)
+        for weight_RC, scale_R in zip(matrices, scales, strict=True)
+    ]
+    return [torch.cat(parts[end - count : end]) for count, end in zip(joined, accumulate(joined), strict=True)]
 
 
 def quantize_int6(weight_RC: Tensor) -> tuple[Tensor, Tensor]:

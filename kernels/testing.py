@@ -9,7 +9,7 @@ tensor (one of few elements is a noisy sample, so more are drawn). Integers are 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,21 +24,43 @@ class MismatchError(AssertionError):
     """A result that breaks the error rule; names the op, the tensor and by how much."""
 
 
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors_of(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from tensors_of(entry)
+
+
+def for_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """`function` of a tensor, or a list of it for each tensor of a list; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [for_tensors(function, entry) for entry in value]
+    return function(value) if isinstance(value, Tensor) else value
+
+
 def results(
     case: Case, function: Callable[..., Any], arguments: dict[str, Any], upstream: Sequence[Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of one call by name: "output", "output 1", "grad x_BTD".
+    """Outputs and gradients of one call by name: "output", "output 1", "grad x_BTD", and of a list "grad scales[0]".
 
     `upstream` are the gradients of the outputs, cast to their dtypes; None for no gradients.
     """
-    leaves = {name: arguments[name].detach().requires_grad_() for name in case.differentiable} if upstream else {}
-    outputs = function(**{**arguments, **leaves})
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    trained = case.differentiable if upstream else ()
+    leaves = {name: for_tensors(lambda x: x.detach().requires_grad_(), arguments[name]) for name in trained}
+    outputs = list(tensors_of(function(**{**arguments, **leaves})))
     named = {f"output {index}" if index else "output": output.detach() for index, output in enumerate(outputs)}
     if leaves:
         grad_outputs = [grad.to(output.dtype) for grad, output in zip(upstream, outputs, strict=True)]
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), grad_outputs)
-        named.update({f"grad {name}": grad for name, grad in zip(leaves, gradients, strict=True)})
+        gradients = iter(torch.autograd.grad(outputs, list(tensors_of(leaves)), grad_outputs))
+        for name, leaf in leaves.items():
+            if isinstance(leaf, Tensor):
+                named[f"grad {name}"] = next(gradients)
+            else:
+                named.update({f"grad {name}[{index}]": next(gradients) for index, _ in enumerate(tensors_of(leaf))})
     return named
 
 
@@ -48,8 +70,7 @@ def upstream_of(
     """A random gradient for every output, with the numbers that `dtype` has; None where the op has no gradient."""
     if not case.differentiable:
         return None
-    outputs = case.definition(**arguments)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = tensors_of(case.definition(**arguments))
     draw = Draw(dtype, device, torch.Generator().manual_seed(2**31 + seed))
     return [draw.normal(*output.shape, dtype=output.dtype) for output in outputs]
 
@@ -78,7 +99,7 @@ def check(
         upstream = upstream_of(case, arguments, dtype, device, seed + number)
         ours = results(case, function, arguments, upstream)
         eager = results(case, case.definition, arguments, upstream)
-        doubles = {name: _double(value) for name, value in arguments.items()}
+        doubles = {name: in_float64(value) for name, value in arguments.items()}
         truth = results(case, case.definition, doubles, upstream)
         for name, value in ours.items():
             pools.setdefault(name, []).append((value, eager[name], truth[name]))
@@ -148,10 +169,11 @@ def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     )
 
 
-def _double(value: Any) -> Any:
+def in_float64(value: Any) -> Any:
+    """An argument for the truth: float64 for floating-point tensors and for dtypes, anything else as it is."""
     if isinstance(value, torch.dtype):
         return torch.float64
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return for_tensors(lambda x: x.double() if x.is_floating_point() else x, value)
 
 
 def _interpreted(tensor: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Causal grouped-query attention with QK-norm, rotary embedding and a gain per query head.
 
-B batch, T time, D model width, H query heads, G key/value heads, h head size.
+B batch, T time, D model width, H query heads, G key/value heads, h head size, C = (H + 2 G) h.
 """
 
 from __future__ import annotations
@@ -111,16 +111,15 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
+        qkv_CD: Tensor,
+        output_DD: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | BlockMask | None = None,
-        scale_D: Tensor | None = None,
     ) -> Tensor:
-        """x `[B, T, D]` to `[B, T, D]`; `rotary` from `Rotary`, `mask` from `document_mask` or None for causal.
+        """x `[B, T, D]` to `[B, T, D]`, by weights in x's dtype: query's rows above key's and value's, and output's.
 
-        `scale` `[D]` multiplies the result; it goes into the output projection's rows.
+        `rotary` from `Rotary`, `mask` from `document_mask` or None for causal.
         """
-        dtype = x_BTD.dtype
-        qkv_CD = torch.cat((self.query.cast(dtype), self.key.cast(dtype), self.value.cast(dtype)))
         q_BTHh, k_BTGh, v_BTGh = qk_norm_rotary(
             F.linear(x_BTD, qkv_CD), self.query_gain, *rotary, self.num_kv_heads, eps=RMS_NORM_EPSILON
         )
@@ -131,4 +130,4 @@ class Attention(nn.Module):
             y_BHTh = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads
             )
-        return F.linear(y_BHTh.transpose(1, 2).flatten(2), self.output.cast(dtype, scale_D))
+        return F.linear(y_BHTh.transpose(1, 2).flatten(2), output_DD)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from golfmodel.config import Config
 from golfmodel.model.attention import Attention
-from golfmodel.model.layers import RMS_NORM_EPSILON, declare_channels
+from golfmodel.model.layers import RMS_NORM_EPSILON, Source, declare_channels
 from golfmodel.model.mlp import MLP
 from kernels import add_rms_norm
+
+
+class BlockWeights(NamedTuple):
+    """What a block multiplies by, in the compute dtype; the branches' scales are in the rows of `output` and `down`."""
+
+    qkv_CD: Tensor
+    output_DD: Tensor
+    up_HD: Tensor
+    down_DH: Tensor
 
 
 class Block(nn.Module):
@@ -24,22 +35,33 @@ class Block(nn.Module):
         declare_channels(self, "attention_scale", config.model_dim, 1.0)
         declare_channels(self, "mlp_scale", config.model_dim, 1.0)
 
+    def sources(self) -> tuple[Source, ...]:
+        """Of each of `BlockWeights`."""
+        attention, mlp = self.attention, self.mlp
+        return (
+            Source((attention.query, attention.key, attention.value)),
+            Source((attention.output,), self.attention_scale),
+            Source((mlp.up,)),
+            Source((mlp.down,), self.mlp_scale),
+        )
+
     def forward(
         self,
         x_BTD: Tensor,
         x0_BTD: Tensor,
+        weights: BlockWeights,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | BlockMask | None = None,
         skip_BTD: Tensor | None = None,
         skip_scale_D: Tensor | None = None,
     ) -> Tensor:
-        """x, x0 and skip `[B, T, D]` to `[B, T, D]`; `rotary` and `mask` as `Attention` takes them.
+        """x, x0 and skip `[B, T, D]` to `[B, T, D]`; `weights` of `sources`, `rotary` and `mask` as for `Attention`.
 
         `skip_scale` `[D]` is w above.
         """
         mixed_BTD, normed_BTD = add_rms_norm(
             x_BTD, x0_BTD, self.residual_mix, self.input_mix, skip_BTD, skip_scale_D, eps=RMS_NORM_EPSILON
         )
-        attended_BTD = self.attention(normed_BTD, rotary, mask, self.attention_scale)
+        attended_BTD = self.attention(normed_BTD, weights.qkv_CD, weights.output_DD, rotary, mask)
         x_BTD, normed_BTD = add_rms_norm(mixed_BTD, attended_BTD, eps=RMS_NORM_EPSILON)
-        return self.mlp(normed_BTD, x_BTD, self.mlp_scale)
+        return self.mlp(normed_BTD, weights.up_HD, weights.down_DH, x_BTD)

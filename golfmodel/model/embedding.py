@@ -6,10 +6,11 @@ B batch, T time, D model width, V vocabulary, K bigram buckets, I bigram width.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golfmodel.config import Config
-from golfmodel.model.layers import RMS_NORM_EPSILON, Matrix, declare_channels
+from golfmodel.model.layers import RMS_NORM_EPSILON, Matrix, Source, declare_channels
 from golfmodel.model.parameters import Group, Storage, declare
 from kernels import input_stage
 
@@ -49,9 +50,9 @@ class BigramEmbedding(nn.Module):
                 fake_quantize=config.qat_enabled,
             )
 
-    def projected(self) -> Tensor:
-        """`H P^T` `[K, D]`."""
-        return self.table if self.projection is None else self.projection(self.table)
+    def projected(self, projection_DI: Tensor | None) -> Tensor:
+        """`H P^T` `[K, D]`, P in the table's dtype; H where its rows are as wide as the model, without a P."""
+        return self.table if projection_DI is None else F.linear(self.table, projection_DI)
 
 
 class SmearGate(nn.Module):
@@ -75,13 +76,24 @@ class InputStage(nn.Module):
         self.bigram = BigramEmbedding(config, dtype) if config.bigram_vocab_size else None
         self.smear = SmearGate(config)
 
-    def forward(self, tokens_BT: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
-        """Integer tokens `[B, T]`, and where documents start (bool `[B, T]`) if they are to be kept apart."""
+    def sources(self) -> tuple[Source, ...]:
+        """Of the weight that `forward` takes, if there is one."""
+        if self.bigram is None or self.bigram.projection is None:
+            return ()
+        return (Source((self.bigram.projection,)),)
+
+    def forward(
+        self, tokens_BT: Tensor, projection_DI: Tensor | None = None, document_start_BT: Tensor | None = None
+    ) -> Tensor:
+        """Integer tokens `[B, T]`, and where documents start (bool `[B, T]`) if they are to be kept apart.
+
+        `projection` is P, where bigrams have one.
+        """
         return input_stage(
             tokens_BT,
             self.token.weight,
             self.smear.gate,
-            None if self.bigram is None else self.bigram.projected(),
+            None if self.bigram is None else self.bigram.projected(projection_DI),
             None if self.bigram is None else self.bigram.scale,
             document_start_BT,
             eps=RMS_NORM_EPSILON,

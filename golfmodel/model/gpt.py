@@ -5,15 +5,17 @@ B batch, T time, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golfmodel.config import Config
 from golfmodel.model.attention import Rotary, document_mask
-from golfmodel.model.block import Block
+from golfmodel.model.block import Block, BlockWeights
 from golfmodel.model.embedding import InputStage
-from golfmodel.model.layers import Matrix, declare_channels, rms_norm
+from golfmodel.model.layers import Matrix, Source, cast_matrices, declare_channels, rms_norm
 from golfmodel.model.parameters import Group, Storage
 from kernels import linear_cross_entropy
 
@@ -62,25 +64,25 @@ class GPT(nn.Module):
         Head k >= 0 predicts token i + 2 + k from position i, which is `targets[i + 1 + k]`.
         """
         x_BTD, cap = self.hidden(tokens_BT), self.config.logit_softcap
-        loss = linear_cross_entropy(x_BTD, self._head(x_BTD.dtype), targets_BT, soft_cap=cap)
+        loss = linear_cross_entropy(x_BTD, self._head(), targets_BT, soft_cap=cap)
         if len(self.future_heads):
             extra = x_BTD.new_zeros((), dtype=torch.float32)
-            for k, head in enumerate(self.future_heads):
+            heads = cast_matrices([Source((head,)) for head in self.future_heads], x_BTD.dtype)
+            for k, head_VD in enumerate(heads):
                 earlier_BTD, later_BT = x_BTD[:, : -(k + 1)], targets_BT[:, k + 1 :]
-                extra = extra + linear_cross_entropy(earlier_BTD, head.cast(x_BTD.dtype), later_BT, soft_cap=cap)
+                extra = extra + linear_cross_entropy(earlier_BTD, head_VD, later_BT, soft_cap=cap)
             loss = loss + self.config.mtp_loss_weight / len(self.future_heads) * extra
         return loss
 
     def token_losses(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy of each target in nats, float32 `[B, T]`."""
-        logits_BTV = self.logits(tokens_BT)
-        losses = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
-        return losses.view_as(targets_BT)
+        x_BTD, cap = self.hidden(tokens_BT), self.config.logit_softcap
+        return linear_cross_entropy(x_BTD, self._head(), targets_BT, soft_cap=cap, reduction="none")
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Soft-capped logits in float32 `[B, T, V]`."""
         x_BTD, cap = self.hidden(tokens_BT), self.config.logit_softcap
-        return cap * torch.tanh(F.linear(x_BTD, self._head(x_BTD.dtype)).float() / cap)
+        return cap * torch.tanh(F.linear(x_BTD, self._head()).float() / cap)
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """The last block's output after the final RMS norm `[B, T, D]`, in the compute dtype."""
@@ -88,7 +90,8 @@ class GPT(nn.Module):
         if self.config.document_boundaries:
             document_start_BT = tokens_BT == self.config.bos_token_id
             mask = document_mask(document_start_BT)
-        x0_BTD = self.input(tokens_BT, document_start_BT)
+        projection_DI, weights = self._weights()
+        x0_BTD = self.input(tokens_BT, projection_DI, document_start_BT)
         rotary = self.rotary(tokens_BT.size(1))
         x_BTD = x0_BTD
         outputs: list[Tensor] = []
@@ -96,11 +99,19 @@ class GPT(nn.Module):
             skip = ()
             if index >= self.skips.count and outputs:
                 skip = outputs.pop(), self.skips.scale(index - self.skips.count)
-            x_BTD = block(x_BTD, x0_BTD, rotary, mask, *skip)
+            x_BTD = block(x_BTD, x0_BTD, weights[index], rotary, mask, *skip)
             if index < self.skips.count:
                 outputs.append(x_BTD)
         return rms_norm(x_BTD)
 
-    def _head(self, dtype: torch.dtype) -> Tensor:
+    def _weights(self) -> tuple[Tensor | None, list[BlockWeights]]:
+        """The bigram projection, where there is one, and every block's weights, cast all at once."""
+        sources = [source for module in (*self.blocks, self.input) for source in module.sources()]
+        weights = iter(cast_matrices(sources, self.input.token.weight.dtype))
+        of_blocks = [BlockWeights(*islice(weights, len(BlockWeights._fields))) for _ in self.blocks]
+        return next(weights, None), of_blocks
+
+    def _head(self) -> Tensor:
         """The weight `[V, D]` of the logits; tied, the token table itself."""
-        return self.input.token.weight if self.head is None else self.head.cast(dtype)
+        table_VD = self.input.token.weight
+        return table_VD if self.head is None else cast_matrices([Source((self.head,))], table_VD.dtype)[0]

@@ -1,16 +1,19 @@
-"""The small pieces that the model is made of: a weight matrix, per-channel vectors, RMS norm.
+"""The small pieces that the model is made of: weight matrices and their casts, per-channel vectors, RMS norm.
 
 B batch, T time (tokens in a row), D model width, I and O a matrix's input and output widths.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golfmodel.model.parameters import Group, Storage, declare
-from kernels import fake_quantize_int6
+from kernels import cast_weights, fake_quantize_int6
 
 RMS_NORM_EPSILON = 2.0**-23
 ORTHOGONAL_MIN_SIDE = 64
@@ -38,7 +41,7 @@ def initial_matrix(out_features: int, in_features: int, *, gain: float = 1.0) ->
 
 
 class Matrix(nn.Module):
-    """`y = x W^T` with `W` `[O, I]` kept in float32 and cast to x's dtype; no bias.
+    """A weight `W` `[O, I]` of `y = x W^T`, kept in float32; `cast_matrices` makes what x is multiplied by. No bias.
 
     With `fake_quantize`, training sees W as the artifact will store it (int6), and W's gradient passes through.
     """
@@ -57,20 +60,30 @@ class Matrix(nn.Module):
         self.fake_quantize = fake_quantize and storage is Storage.INT6
         declare(self, "weight", initial_matrix(out_features, in_features, gain=gain), storage, group)
 
-    def cast(self, dtype: torch.dtype, scale_O: Tensor | None = None) -> Tensor:
-        """W `[O, I]` in `dtype`, rounded to int6 levels first where training fakes the artifact.
 
-        With a scale W's rows are multiplied by it, which scales y's channels without a pass over B * T rows of
-        activations, or another for the scale's gradient.
-        """
-        rounded = self.fake_quantize and self.training
-        if scale_O is None:
-            return fake_quantize_int6(self.weight, dtype) if rounded else self.weight.to(dtype)
-        weight_OI = fake_quantize_int6(self.weight, self.weight.dtype) if rounded else self.weight
-        return (scale_O[:, None] * weight_OI).to(dtype)
+class Source(NamedTuple):
+    """What a weight of the forward pass is made from: matrices, one above the other, and a scale of the rows of one.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.cast(x.dtype))
+    The scale multiplies y's channels without a pass over B * T rows of activations, or another for its gradient.
+    """
+
+    matrices: tuple[Matrix, ...]
+    scale_O: Tensor | None = None
+
+
+def cast_matrices(sources: Sequence[Source], dtype: torch.dtype) -> list[Tensor]:
+    """A weight `[O, I]` in `dtype` for each source, all from one kernel.
+
+    Where training fakes the artifact, another rounds the matrices to int6 levels first.
+    """
+    matrices = [matrix for source in sources for matrix in source.matrices]
+    weights = [matrix.weight for matrix in matrices]
+    rounded = [index for index, matrix in enumerate(matrices) if matrix.fake_quantize and matrix.training]
+    fakes = fake_quantize_int6([weights[index] for index in rounded])
+    for index, fake_OI in zip(rounded, fakes, strict=True):
+        weights[index] = fake_OI
+    scales = [source.scale_O for source in sources for _ in source.matrices]
+    return cast_weights(weights, dtype, scales=scales, joined=[len(source.matrices) for source in sources])
 
 
 def declare_channels(module: nn.Module, name: str, size: int, value: float) -> None:

@@ -19,7 +19,6 @@ class MLP(nn.Module):
         self.up = Matrix(config.model_dim, config.mlp_dim, **quantized)
         self.down = Matrix(config.mlp_dim, config.model_dim, gain=0.0, **quantized)
 
-    def forward(self, x_BTD: Tensor, residual_BTD: Tensor, scale_D: Tensor) -> Tensor:
-        """`residual + scale * W2 relu(W1 x)^2`, all `[B, T, D]`; `scale` `[D]` goes into W2's rows."""
-        up_HD, down_DH = self.up.cast(x_BTD.dtype), self.down.cast(x_BTD.dtype, scale_D)
+    def forward(self, x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD: Tensor) -> Tensor:
+        """`residual + W2 relu(W1 x)^2`, all `[B, T, D]`; W1 and W2 in x's dtype."""
         return squared_relu_mlp(x_BTD, up_HD, down_DH, residual_BTD)

@@ -9,9 +9,10 @@ import kernels
 from bench import comparison
 from bench.ceilings import Ceilings
 from bench.comparison import Row, compare, providers
-from bench.subjects import Subject, newton_schulz_flops, subjects, tensors_of
+from bench.subjects import Subject, newton_schulz_flops, subjects
 from bench.table import duration, markdown
 from bench.timing import Times
+from kernels.testing import tensors_of
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e10, 1e12)
@@ -29,7 +30,9 @@ def interpreted(monkeypatch):
 
 
 def subject_of(op: str) -> Subject:
-    return next(subject for subject in subjects(on_gpu=False) if subject.op == op and "model" not in subject.shape)
+    """The first, of those on the model's matrices only where there is no other."""
+    found = [subject for subject in subjects(on_gpu=False) if subject.op == op]
+    return min(found, key=lambda subject: "model" in subject.shape)
 
 
 def test_every_op_is_a_subject():
@@ -47,6 +50,9 @@ def test_the_seed_model_has_its_matrices_in_one_call():
     weights = found["quantize_int6"].draw(CPU, 0)["weight_RC"]
     assert len(weights) == 48
     assert sum(weight.numel() for weight in weights) == 18_874_368
+    casts = found["cast_weights"].draw(CPU, 0)
+    assert len(casts["matrices"]) == 49
+    assert sum(scale is not None for scale in casts["scales"]) == 16
 
 
 def test_flops_of_newton_schulz_count_the_short_side():
@@ -80,6 +86,18 @@ def test_what_is_alike_in_a_backward_pass_counts_once():
     subject = subject_of("add_rms_norm")
     rows = compare(subject, "backward", CPU, CEILINGS, rounds=2)
     assert {row.bytes_moved for row in rows.values()} == {4 * subject.draw(CPU, 0)["x_BTD"].nbytes}
+
+
+def test_a_cast_reads_its_upstream_gradients_and_the_weights_with_a_scale_in_a_backward_pass():
+    subject = subject_of("cast_weights")
+    arguments = subject.draw(CPU, 0)
+    rows = compare(subject, "backward", CPU, CEILINGS, rounds=2)
+    wanted = 0
+    for matrix, scale in zip(arguments["matrices"], arguments["scales"], strict=True):
+        wanted += (2 + 4) * matrix.numel()
+        if scale is not None:
+            wanted += 4 * matrix.numel() + 8 * len(scale)
+    assert {row.bytes_moved for row in rows.values()} == {wanted}
 
 
 def test_backward_times_gradients_of_every_differentiable_input():
@@ -128,6 +146,15 @@ def test_a_wrong_list_call_is_found(interpreted, monkeypatch):
         return [(codes + 1, scale) for codes, scale in subject.function(**arguments)]
 
     assert comparison.equivalence(shifted, CPU).startswith("failed: quantize_int6: tensor 0 of the list")
+
+
+def test_the_casts_of_the_model_are_held_to_the_error_rule(interpreted, monkeypatch):
+    subject = subject_of("cast_weights")
+    assert comparison.equivalence(subject, CPU) == "passed"
+    comparison._verdicts.clear()
+    right = kernels.cast_weights
+    monkeypatch.setattr(kernels, "cast_weights", lambda **arguments: [1.05 * y for y in right(**arguments)])
+    assert comparison.equivalence(subject, CPU).startswith("failed: cast_weights of the model")
 
 
 def test_newton_schulz_is_held_to_the_error_rule():

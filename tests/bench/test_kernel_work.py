@@ -153,7 +153,8 @@ def test_a_launch_over_a_list_says_nothing_of_its_bytes():
     with watched_launches() as seen:
         kernels.quantize_int6(matrices[0])
         kernels.quantize_int6(matrices)
-    assert seen == {"quantize_int6_kernel": [4 * 32 + 32 + 2 * 4, None]}
+        kernels.cast_weights(matrices, torch.bfloat16)
+    assert seen == {"quantize_int6_kernel": [4 * 32 + 32 + 2 * 4, None], "cast_weights_fwd_kernel": [None]}
 
 
 def test_launches_are_let_go_after_an_error():

@@ -21,6 +21,7 @@ PACKED = torch.zeros(2, 3, dtype=torch.uint8)
 
 CALLS = [
     ("add_rms_norm", (X, X), {"x_scale_D": GATE}, (X, X, GATE, None, None, None, 2.0**-23), {}),
+    ("cast_weights", ([WEIGHT], torch.half), {}, ([WEIGHT], torch.half, [None], [1]), {}),
     ("smear_gate", (X, GATE), {}, (X, GATE, None), {}),
     ("bigram_hash", (TOKENS, 8), {}, (TOKENS, 8, None), {}),
     ("bigram_hash_embed", (TOKENS, TABLE), {}, (TOKENS, TABLE, None, None), {}),
@@ -29,7 +30,7 @@ CALLS = [
         *((TOKENS, TABLE, GATE, None, None, STARTS, 2.0**-23), {}),
     ),
     ("qk_norm_rotary", (QKV, GATE, COS, SIN, 2), {}, (QKV, GATE, COS, SIN, 2, 2.0**-23), {}),
-    ("linear_cross_entropy", (X, HEAD, TOKENS), {"soft_cap": 30}, (X, HEAD, TOKENS, 30.0), {}),
+    ("linear_cross_entropy", (X, HEAD, TOKENS), {"soft_cap": 30}, (X, HEAD, TOKENS, 30.0, "mean"), {}),
     ("squared_relu_mlp", (X, WEIGHT, DOWN, X), {}, (X, WEIGHT, DOWN, X), {}),
     ("quantize_int6", (WEIGHT,), {}, (WEIGHT,), {}),
     ("dequantize_int6", (CODES, SCALE), {"dtype": torch.half}, (CODES, SCALE, torch.half), {}),

@@ -8,7 +8,7 @@ import torch
 import kernels
 from kernels import dispatch, testing
 from kernels.cases import CASES, Case, random_shapes
-from kernels.testing import MismatchError, same_bits
+from kernels.testing import MismatchError, for_tensors, same_bits, tensors_of
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_outputs")
 
@@ -67,14 +67,14 @@ def test_non_contiguous_inputs(case, device):
     expected = testing.results(case, case.function, arguments, upstream)
 
     def spread(value):
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        if value.dim() == 0:
             return value
         apart = torch.stack((value, value), dim=-1)[..., 0]
         assert value.numel() < 2 or not apart.is_contiguous()
         return apart
 
-    arguments = {name: spread(value) for name, value in arguments.items()}
-    upstream = upstream and [spread(gradient) for gradient in upstream]
+    arguments = {name: for_tensors(spread, value) for name, value in arguments.items()}
+    upstream = for_tensors(spread, upstream)
     assert same_bits(testing.results(case, case.function, arguments, upstream), expected)
 
 
@@ -82,9 +82,11 @@ def test_non_contiguous_inputs(case, device):
 def test_transposed_inputs(case, device):
     arguments, upstream = one_draw(case, device)
     expected = testing.results(case, case.function, arguments, upstream)
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor) and value.dim() >= 2:
-            arguments[name] = value.mT.contiguous().mT
+
+    def transposed(value):
+        return value.mT.contiguous().mT if value.dim() >= 2 else value
+
+    arguments = {name: for_tensors(transposed, value) for name, value in arguments.items()}
     upstream = upstream and [gradient.mT.contiguous().mT for gradient in upstream]
     assert same_bits(testing.results(case, case.function, arguments, upstream), expected)
 
@@ -93,10 +95,12 @@ def test_transposed_inputs(case, device):
 def test_a_misaligned_input_changes_nothing(case, device):
     arguments, upstream = one_draw(case, device)
     expected = testing.results(case, case.function, arguments, upstream)
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor):
-            storage = torch.empty(value.numel() + 1, dtype=value.dtype, device=device)
-            arguments[name] = storage[1:].view(value.shape).copy_(value)
+
+    def misaligned(value):
+        storage = torch.empty(value.numel() + 1, dtype=value.dtype, device=device)
+        return storage[1:].view(value.shape).copy_(value)
+
+    arguments = {name: for_tensors(misaligned, value) for name, value in arguments.items()}
     assert same_bits(testing.results(case, case.function, arguments, upstream), expected)
 
 
@@ -115,7 +119,7 @@ def test_the_same_bits_twice(case, dtype, device):
 @every_case
 def test_inputs_are_left_alone(case, device):
     arguments, upstream = one_draw(case, device)
-    tensors = [value for value in (*arguments.values(), *(upstream or ())) if isinstance(value, torch.Tensor)]
+    tensors = list(tensors_of([arguments, upstream]))
     copies = [tensor.clone() for tensor in tensors]
     testing.results(case, case.function, arguments, upstream)
     assert all(map(torch.equal, tensors, copies))
@@ -130,23 +134,27 @@ def test_opcheck(case, device):
         patch.setitem(dispatch._triton_kernels, case.op, lambda *args, **_: received.append(args))
         case.function(**arguments)
     (args,) = received
-    args = [value.detach().requires_grad_() if _trainable(case, value, arguments) else value for value in args]
+    trainable = {id(tensor) for name in case.differentiable for tensor in tensors_of(arguments[name])}
+    args = for_tensors(lambda x: x.detach().requires_grad_() if id(x) in trainable else x, args)
     if case.op == "fake_quantize_int6" and args[1] is None:
         args[1] = args[0].dtype
     if case.op == "newton_schulz":
         args = [args, [3.4445, -4.7750, 2.0315] * 2]
+    if case.op == "cast_weights":
+        matrices, dtype, scales, joined = args
+        scaled = [index for index, scale in enumerate(scales) if scale is not None]
+        args = [matrices, [scales[index] for index in scaled], scaled, joined, dtype]
     torch.library.opcheck(getattr(torch.ops.golf, case.op).default, tuple(args))
-
-
-def _trainable(case: Case, value: object, arguments: dict) -> bool:
-    return any(value is arguments[name] for name in case.differentiable)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.differentiable], ids=lambda case: case.name)
 def test_a_second_derivative_is_refused(case, device):
     arguments, upstream = one_draw(case, device)
-    leaf = arguments[case.differentiable[0]].requires_grad_()
-    (gradient,) = torch.autograd.grad(case.function(**arguments), leaf, upstream, create_graph=True)
+    leaf = next(tensors_of(arguments[case.differentiable[0]])).requires_grad_()
+    outputs = tensors_of(case.function(**arguments))
+    pairs = [pair for pair in zip(outputs, upstream, strict=True) if pair[0].requires_grad]
+    outputs, upstream = zip(*pairs, strict=True)
+    (gradient,) = torch.autograd.grad(outputs, leaf, upstream, create_graph=True)
     with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         gradient.sum().backward()
 

@@ -23,7 +23,7 @@ def make(shape, dtype=torch.float32, device="cpu", seed=0):
     return x, weight, torch.randint(0, v, (b, t), generator=generator).to(device)
 
 
-def slow_loss(x, weight, targets, soft_cap):
+def slow_losses(x, weight, targets, soft_cap):
     """The equation, row by row, in Python's floats."""
     losses = []
     for row, target in zip(x.double().flatten(0, 1), targets.flatten().tolist(), strict=True):
@@ -32,7 +32,7 @@ def slow_loss(x, weight, targets, soft_cap):
             logits = [soft_cap * math.tanh(z / soft_cap) for z in logits]
         largest = max(logits)
         losses.append(largest + math.log(sum(math.exp(z - largest) for z in logits)) - logits[target])
-    return sum(losses) / len(losses)
+    return losses
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,15 +44,30 @@ def test_follows_the_equation(shape, soft_cap, dtype, device):
     assert (loss.shape, loss.dtype) == ((), torch.promote_types(dtype, torch.float32))
     # logits of size 16 are rounded once to the dtype; the interpreter's products of 16-bit numbers are exact
     bound = 16 * torch.finfo(dtype).eps + (4e-6 if dtype != torch.float64 else 0)
-    assert float(loss) == pytest.approx(slow_loss(x.cpu(), weight.cpu(), targets.cpu(), soft_cap), abs=bound)
+    expected = slow_losses(x.cpu(), weight.cpu(), targets.cpu(), soft_cap)
+    assert float(loss) == pytest.approx(sum(expected) / len(expected), abs=bound)
+    losses = kernels.linear_cross_entropy(x, weight, targets, soft_cap=soft_cap, reduction="none")
+    assert (losses.shape, losses.dtype) == (targets.shape, loss.dtype)
+    assert losses.flatten().tolist() == pytest.approx(expected, abs=bound)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
-def test_gradients(soft_cap, device):
+def test_gradients(soft_cap, reduction, device):
     x, weight, targets = make((2, 3, 4, 7), torch.float64, device)
     arguments = (x.requires_grad_(), weight.requires_grad_())
+    options = {"soft_cap": soft_cap, "reduction": reduction}
     for function in (reference.linear_cross_entropy, kernels.linear_cross_entropy):
-        assert torch.autograd.gradcheck(lambda *both, f=function: f(*both, targets, soft_cap=soft_cap), arguments)
+        assert torch.autograd.gradcheck(lambda *both, f=function: f(*both, targets, **options), arguments)
+
+
+def test_every_loss_has_an_upstream_gradient_of_its_own(device):
+    """That of one loss reaches its row of x alone."""
+    x, weight, targets = make((2, 3, 8, 16), torch.float32, device)
+    losses = kernels.linear_cross_entropy(x.requires_grad_(), weight, targets, reduction="none")
+    (grad,) = torch.autograd.grad(losses[1, 2], x)
+    assert grad.any(-1).tolist() == [[False] * 3, [False, False, True]]
+    assert kernels.linear_cross_entropy(x[1:, 2:], weight, targets[1:, 2:]).item() == pytest.approx(losses[1, 2].item())
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 0.24, 0.26, 3.0, 40.0])
@@ -130,22 +145,26 @@ def test_targets_of_any_integer_dtype(dtype, device):
     assert torch.equal(kernels.linear_cross_entropy(x, weight, targets.to(dtype)), expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_equals_eager(dtype, device, compiled):
+def test_compiled_equals_eager(dtype, reduction, device, compiled):
     x, weight, targets = make((2, 7, 8, 24), dtype, device)
     results = []
     for function in (kernels.linear_cross_entropy, compiled(kernels.linear_cross_entropy)):
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight)]
-        loss = function(*leaves, targets, soft_cap=4.0)
-        results.append((loss, *torch.autograd.grad(loss, leaves)))
+        loss = function(*leaves, targets, soft_cap=4.0, reduction=reduction)
+        results.append((loss, *torch.autograd.grad(loss, leaves, 0.5 * torch.ones_like(loss))))
     assert all(map(torch.equal, *results))
 
 
 def test_fake_tensors(device):
     with FakeTensorMode(), device:
         x, weight = torch.empty(2, 3, 8, dtype=torch.bfloat16), torch.empty(16, 8, dtype=torch.bfloat16)
-        loss = kernels.linear_cross_entropy(x, weight, torch.zeros(2, 3, dtype=torch.int64))
+        targets = torch.zeros(2, 3, dtype=torch.int64)
+        loss = kernels.linear_cross_entropy(x, weight, targets)
+        losses = kernels.linear_cross_entropy(x, weight, targets, reduction="none")
     assert (loss.shape, loss.dtype) == ((), torch.float32)
+    assert (losses.shape, losses.dtype) == ((2, 3), torch.float32)
 
 
 X, WEIGHT, TARGETS = make((2, 3, 4, 5))
@@ -183,3 +202,15 @@ def test_bad_arguments(arguments, error, message):
 def test_bad_caps(soft_cap, error, message):
     with pytest.raises(error, match=message):
         kernels.linear_cross_entropy(X, WEIGHT, TARGETS, soft_cap=soft_cap)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "error", "message"),
+    [
+        (None, TypeError, "reduction must be a string, not NoneType"),
+        ("sum", ValueError, "reduction is 'sum'; it may be 'mean' or 'none'"),
+    ],
+)
+def test_bad_reductions(reduction, error, message):
+    with pytest.raises(error, match=message):
+        kernels.linear_cross_entropy(X, WEIGHT, TARGETS, reduction=reduction)

@@ -10,6 +10,7 @@ import torch
 from small_models import random_model, small_config
 
 from golfmodel.model.attention import Rotary, document_mask, rotary_tables
+from golfmodel.model.layers import Source, cast_matrices
 
 CPU = torch.device("cpu")
 
@@ -79,10 +80,16 @@ def attention_of(**options):
     return model.blocks[0].attention, x_BTD, model.rotary(config.train_seq_len), expected
 
 
+def attend(attention, x_BTD, *others):
+    """The layer by its own matrices, as they are now."""
+    joined = (attention.query, attention.key, attention.value)
+    return attention(x_BTD, *cast_matrices([Source(joined), Source((attention.output,))], x_BTD.dtype), *others)
+
+
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 def test_attention_is_that_of_the_recipe(num_kv_heads):
     attention, x_BTD, rotary, expected = attention_of(num_kv_heads=num_kv_heads)
-    torch.testing.assert_close(attention(x_BTD, rotary).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(attend(attention, x_BTD, rotary).double(), expected, rtol=0, atol=1e-5)
 
 
 def test_attention_over_more_than_1024_tokens():
@@ -90,7 +97,7 @@ def test_attention_over_more_than_1024_tokens():
     attention, x_BTD, rotary, expected = attention_of(**options)
     assert expected.abs().max() > 0.1
     # Angles of a thousand radians are good to 2^-14 or so in float32.
-    torch.testing.assert_close(attention(x_BTD, rotary).double(), expected, rtol=0, atol=5e-4)
+    torch.testing.assert_close(attend(attention, x_BTD, rotary).double(), expected, rtol=0, atol=5e-4)
     unscaled_cos, unscaled_sin = rotary_tables(1024, 4, 10000.0, CPU)
     assert not torch.allclose(rotary[0][:1024], unscaled_cos, rtol=0, atol=1e-2)
     assert not torch.allclose(rotary[1][:1024], unscaled_sin, rtol=0, atol=1e-2)
@@ -101,7 +108,7 @@ def test_a_row_of_one_document_needs_no_mask(mask):
     attention, x_BTD, rotary, expected = attention_of()
     starts_BT = torch.zeros(2, 16, dtype=torch.bool)
     starts_BT[:, 0] = mask == "one document"
-    y_BTD = attention(x_BTD, rotary, document_mask(starts_BT))
+    y_BTD = attend(attention, x_BTD, rotary, document_mask(starts_BT))
     torch.testing.assert_close(y_BTD.double(), expected, rtol=0, atol=1e-5)
 
 
@@ -110,7 +117,7 @@ def test_scale_of_queries_and_keys_does_not_matter():
     with torch.no_grad():
         attention.query.weight *= 7
         attention.key.weight *= 0.3
-    torch.testing.assert_close(attention(x_BTD, rotary).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(attend(attention, x_BTD, rotary).double(), expected, rtol=0, atol=1e-5)
 
 
 def test_each_query_head_has_a_gain():
@@ -119,8 +126,8 @@ def test_each_query_head_has_a_gain():
     with torch.no_grad():
         attention.query_gain[2] += 1
         torch.nn.init.eye_(attention.output.weight)
-        before = attention(x_BTD, rotary)
+        before = attend(attention, x_BTD, rotary)
         attention.query_gain[2] -= 1
-        after = attention(x_BTD, rotary)
+        after = attend(attention, x_BTD, rotary)
     changed_D = (before - after).abs().amax(dim=(0, 1)) > 1e-4
     assert changed_D.view(4, 6).any(dim=1).tolist() == [False, False, True, False]
