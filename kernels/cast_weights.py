@@ -5,7 +5,6 @@ Shapes: Z matrices of R rows and C columns.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
-from kernels.addresses import KeptTables, typed_pointer
+from kernels.addresses import KeptTables, kept_tables, table_on, typed_pointer
 from kernels.checks import (
     FLOATS,
     check_device,
@@ -28,8 +27,6 @@ from kernels.checks import (
 from kernels.launch import aligned, cdiv, compute_dtype, launch, tl, triton
 from kernels.registration import is_traced
 from kernels.tuning import tile
-
-KEPT = 64  # what is kept for the next call on matrices of the same shapes
 
 
 @triton.jit
@@ -121,10 +118,10 @@ def cast_weights_bwd_kernel(
         tl.store(p_grad_scale + r_R, rounded(sum_R, p_grad_scale.dtype.element_ty), mask=m_R & scale_wanted)
 
 
-@functools.lru_cache(KEPT)
+@kept_tables
 def _blocks(rows: tuple[int, ...], b_R: int, device: torch.device) -> Tensor:
     blocks = [(matrix, block) for matrix, count in enumerate(rows) for block in range(cdiv(count, b_R))]
-    return torch.tensor(blocks, dtype=torch.int32).view(len(blocks), 2).to(device)
+    return table_on(device, blocks, torch.int32)
 
 
 _tables = KeptTables()
