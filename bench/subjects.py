@@ -2,7 +2,7 @@
 
 Shapes are written as in `kernels.cases`: smear_gate and add_rms_norm B x T x D, bigram_hash B x T x K,
 bigram_hash_embed B x T x K x D, input_stage B x T x V x K x D, qk_norm_rotary B x T x H x G x h, squared_relu_mlp
-B x T x D x H, linear_cross_entropy B x T x D x V, the int6 ops R x C.
+and squared_relu_mlp_fp8 B x T x D x H, linear_cross_entropy B x T x D x V, the int6 ops R x C.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ _GPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
     "add_rms_norm with skip": ((8, 2048, 512), (48, 2048, 512)),
     "qk_norm_rotary": ((8, 2048, 8, 4, 64), (48, 2048, 8, 4, 64)),
     "squared_relu_mlp": ((8, 2048, 512, 1536), (48, 2048, 512, 1536)),
+    "squared_relu_mlp_fp8": ((8, 2048, 512, 1536), (48, 2048, 512, 1536)),
     "linear_cross_entropy": ((8, 2048, 512, 1024), (48, 2048, 512, 1024)),
     "quantize_int6": _MATRICES,
     "dequantize_int6": _MATRICES,
@@ -91,6 +92,7 @@ _CPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
     "add_rms_norm with skip": ((8, 256, 128),),
     "qk_norm_rotary": ((8, 256, 4, 2, 32),),
     "squared_relu_mlp": ((8, 256, 128, 384),),
+    "squared_relu_mlp_fp8": ((8, 256, 128, 384),),
     "linear_cross_entropy": ((8, 256, 128, 1024),),
     **{name: ((384, 128),) for name in _GPU_SHAPES if "int6" in name},
 }
@@ -103,8 +105,9 @@ _DTYPE_LABELS = {
     "pack_int6": "int8",
     "unpack_int6": "uint8",
 }
-# For each product of a shape's numbers, where matrix products are what takes the time.
-_FLOPS = {"squared_relu_mlp": 4.0, "linear_cross_entropy": 2.0}
+# For each product of a shape's numbers, where matrix products are what takes the time. The ceiling is bfloat16's rate,
+# which products in float8 may pass.
+_FLOPS = {"squared_relu_mlp": 4.0, "squared_relu_mlp_fp8": 4.0, "linear_cross_entropy": 2.0}
 # Where two cases of an op are measured at one shape.
 _SHAPE_ADDITIONS = {"add_rms_norm with skip": "+skip"}
 

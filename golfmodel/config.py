@@ -93,6 +93,7 @@ class Config:
     compute_dtype: str = option(
         "bfloat16", MODEL, "activations and matrix products", choices=("bfloat16", "float32"), in_artifact=True
     )
+    mlp_fp8: bool = option(False, MODEL, "FP8 for the MLP's matrix products in training; scoring never uses it")
 
     matrix_lr: float = option(0.04, OPTIMIZER, "learning rate of Muon", low=0, high=100)
     scalar_lr: float = option(0.04, OPTIMIZER, "AdamW, per-channel and scalar parameters", low=0, high=100)
@@ -215,6 +216,8 @@ class Config:
             raise self._impossible("num_kv_heads", f"must divide NUM_HEADS {self.num_heads} ({valid})")
         if self.mlp_mult * self.model_dim != self.mlp_dim:
             raise self._impossible("mlp_mult", f"times MODEL_DIM {self.model_dim} must be a whole number of channels")
+        if self.mlp_fp8 and self.compute_dtype != "bfloat16":
+            raise self._impossible("mlp_fp8", f"COMPUTE_DTYPE must be bfloat16, and is {self.compute_dtype}")
         if self.bigram_vocab_size == 1:
             raise self._impossible("bigram_vocab_size", "must be 0 (none) or at least 2")
         if self.bos_token_id >= self.vocab_size:

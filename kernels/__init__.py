@@ -14,6 +14,7 @@ from kernels.newton_schulz import newton_schulz
 from kernels.qk_norm_rotary import qk_norm_rotary
 from kernels.smear_gate import smear_gate
 from kernels.squared_relu_mlp import squared_relu_mlp
+from kernels.squared_relu_mlp_fp8 import squared_relu_mlp_fp8
 
 __all__ = [
     "add_rms_norm",
@@ -30,5 +31,6 @@ __all__ = [
     "quantize_int6",
     "smear_gate",
     "squared_relu_mlp",
+    "squared_relu_mlp_fp8",
     "unpack_int6",
 ]

@@ -318,6 +318,20 @@ CASES: tuple[Case, ...] = (
     *(
         Case(
             name=name,
+            op="squared_relu_mlp_fp8",
+            inputs=functools.partial(_squared_relu_mlp, added=added),
+            shapes=((1, 1, 1, 1), (2, 3, 16, 32), (1, 127, 48, 528), (3, 5, 513, 127), (1, 300, 80, 272)),
+            empty=((0, 3, 4, 5), (2, 0, 16, 16), (2, 3, 0, 4), (2, 3, 4, 0)),
+            model=(48, 2048, 512, 1536),
+            ranges=((1, 3), (1, 60), (1, 100), (1, 200)),
+            dtypes=(torch.bfloat16, torch.float32, torch.float16, torch.float64),  # the kernels' first
+            differentiable=("x_BTD", "up_HD", "down_DH", *(("residual_BTD",) if added else ())),
+        )
+        for name, added in (("squared_relu_mlp_fp8", True), ("squared_relu_mlp_fp8 without residual", False))
+    ),
+    *(
+        Case(
+            name=name,
             op="linear_cross_entropy",
             inputs=_linear_cross_entropy,
             shapes=((1, 1, 1, 2), (2, 3, 8, 127), (3, 7, 5, 513)),

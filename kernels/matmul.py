@@ -65,7 +65,7 @@ def matmul_kernel(
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -101,11 +101,11 @@ def matmul(
     tile = products(a_MK.get_device())[epilogue] if tile is None else tile
     b_M, b_N, b_K = tile.rows, tile.columns, tile.depth
     half = [b_M, b_N // 2]
-    d_c = _descriptor(c_MN, half)
-    d_other = None if other_MN is None else _descriptor(aligned(other_MN), half)
-    grid = (min(cdiv(rows, b_M) * cdiv(columns, b_N), tile.programs * _processors(a_MK.device)),)
+    d_c = descriptor(c_MN, half)
+    d_other = None if other_MN is None else descriptor(aligned(other_MN), half)
+    grid = (min(cdiv(rows, b_M) * cdiv(columns, b_N), tile.programs * processors(a_MK.device)),)
     arguments = (
-        *(_descriptor(a_MK, [b_M, b_K]), _descriptor(b, [b_N, b_K] if b_transposed else [b_K, b_N]), d_other, d_c),
+        *(descriptor(a_MK, [b_M, b_K]), descriptor(b, [b_N, b_K] if b_transposed else [b_K, b_N]), d_other, d_c),
         *(rows, columns, depth, epilogue, b_transposed, tile.flatten, not a_MK.is_cuda, b_M, b_N, b_K),
     )
     with torch.cuda.device(a_MK.device) if a_MK.is_cuda else nullcontext():
@@ -113,5 +113,5 @@ def matmul(
     return c_MN
 
 
-def _descriptor(tensor: Tensor, block: list[int]) -> Any:
+def descriptor(tensor: Tensor, block: list[int]) -> Any:
     return TensorDescriptor.from_tensor(tensor, block)

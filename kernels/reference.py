@@ -18,11 +18,13 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Triple = tuple[float, float, float]
 
 INT6_LIMIT = 31  # the quantizer's largest code; packing also carries -32
 FP16_MAX = 65504.0
+FP8_NORM = 256.0  # of a row in float8; a square in its units is at most 1.3 times that, and e4m3 ends at 448
 
 # Amsel et al. 2025, arXiv:2505.16932: the optimal quintics for singular values down to 1e-3 of the norm; the
 # last one repeats. As published, each but the last is evaluated at x / 1.01, so that a singular value which
@@ -152,6 +154,94 @@ def squared_relu_mlp(x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD
     """residual + relu(x up^T)^2 down^T, each product in x's dtype as PyTorch multiplies it."""
     y_BTD = F.linear(F.relu(F.linear(x_BTD, up_HD)).square(), down_DH)
     return y_BTD if residual_BTD is None else residual_BTD + y_BTD
+
+
+def rows_in_fp8(rows_RC: Tensor, dtype: torch.dtype, factor_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each row times the factor, scaled to the norm `FP8_NORM` and rounded to float8 `dtype`; and what its norm was.
+
+    Codes are 0 where the norm is 0, infinite or NaN.
+    """
+    rows_RC = rows_RC.to(_compute_dtype(rows_RC.dtype))
+    if factor_C is not None:
+        rows_RC = rows_RC * factor_C
+    norm_R = rows_RC.square().sum(1).sqrt()
+    usable_R1 = ((norm_R > 0) & (norm_R < math.inf))[:, None]
+    scaled_RC = rows_RC * (FP8_NORM / torch.where(usable_R1, norm_R[:, None], 1))
+    return torch.where(usable_R1, scaled_RC, 0).to(dtype), norm_R
+
+
+def squared_relu_mlp_fp8_forward(
+    x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, and what backward needs: c = relu(cos(x, up))^2 in float8, the norms of x's and of up's rows."""
+    dtype = _compute_dtype(x_BTD.dtype)
+    x_ND, x_norm_N = rows_in_fp8(x_BTD.flatten(0, 1), torch.float8_e4m3fn)
+    up_HD, up_norm_H = rows_in_fp8(up_HD, torch.float8_e4m3fn)
+    down_DH, down_norm_D = rows_in_fp8(down_DH, torch.float8_e4m3fn, up_norm_H.square())
+    cosines_NH = x_ND.to(dtype) @ up_HD.to(dtype).mT / FP8_NORM**2
+    squares_NH = (FP8_NORM * F.relu(cosines_NH).square()).to(torch.float8_e4m3fn)
+    y_ND = squares_NH.to(dtype) @ down_DH.to(dtype).mT
+    y_BTD = (y_ND * (x_norm_N.square()[:, None] * down_norm_D / FP8_NORM**2)).view(x_BTD.shape)
+    if residual_BTD is not None:
+        y_BTD = residual_BTD + y_BTD
+    return y_BTD.to(x_BTD.dtype), squares_NH, x_norm_N, up_norm_H
+
+
+def squared_relu_mlp_fp8_backward(
+    grad_BTD: Tensor,
+    x_BTD: Tensor,
+    up_HD: Tensor,
+    down_DH: Tensor,
+    squares_NH: Tensor,
+    x_norm_N: Tensor,
+    up_norm_H: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, up and down; those of the weights from products in x's dtype."""
+    dtype = _compute_dtype(x_BTD.dtype)
+    grad_ND, grad_norm_N = rows_in_fp8(grad_BTD.flatten(0, 1), torch.float8_e5m2)
+    down_HD, down_norm_H = rows_in_fp8(down_DH.mT, torch.float8_e4m3fn)
+    norm_H = up_norm_H * down_norm_H
+    up_DH, back_norm_D = rows_in_fp8(up_HD.mT, torch.float8_e4m3fn, norm_H)
+    squares_NH = squares_NH.to(dtype) / FP8_NORM
+    slopes_NH = squares_NH.sqrt() * (grad_ND.to(dtype) @ down_HD.to(dtype).mT / FP8_NORM**2)
+    row_N1 = (2 * x_norm_N * grad_norm_N)[:, None]
+    rounded_NH = (FP8_NORM * slopes_NH).to(torch.float8_e5m2)
+    grad_x_ND = rounded_NH.to(dtype) @ up_DH.to(dtype).mT * (row_N1 * back_norm_D / FP8_NORM**2)
+    grad_h_NH = (slopes_NH * (row_N1 * norm_H)).to(x_BTD.dtype)
+    hidden_NH = (squares_NH * (x_norm_N[:, None] * up_norm_H).square()).to(x_BTD.dtype)
+    grad_x_BTD = grad_x_ND.view(x_BTD.shape).to(x_BTD.dtype)
+    return grad_x_BTD, grad_h_NH.mT @ x_BTD.flatten(0, 1), grad_BTD.flatten(0, 1).mT @ hidden_NH
+
+
+class _SquaredReluMlpFp8(torch.autograd.Function):
+    """Rounding to float8 passes gradients as a plain cast would."""
+
+    @staticmethod
+    def forward(
+        x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return squared_relu_mlp_fp8_forward(x_BTD, up_HD, down_DH, residual_BTD)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.adds = inputs[3] is not None
+        ctx.save_for_backward(*inputs[:3], *output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_BTD: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = squared_relu_mlp_fp8_backward(grad_BTD, *ctx.saved_tensors)
+        return *gradients, grad_BTD if ctx.adds else None
+
+
+def squared_relu_mlp_fp8(x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD: Tensor | None = None) -> Tensor:
+    """residual + relu(x up^T)^2 down^T, of factors that are rounded to float8 with a scale for each row.
+
+    x and up's rows are scaled to one norm, so that the products are cosines and their squares are below 1 whatever the
+    tensors hold: the squares need no scale of their own. up's norms are in down's columns instead.
+    """
+    return _SquaredReluMlpFp8.apply(x_BTD, up_HD, down_DH, residual_BTD)[0]
 
 
 def linear_cross_entropy(

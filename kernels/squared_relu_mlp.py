@@ -85,6 +85,21 @@ def _result(*arguments: Any) -> Tensor:
     return _op(*arguments)[0]
 
 
+def check_mlp(x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD: Tensor | None) -> None:
+    """The arguments of an MLP: floats of one dtype on one device, of shapes that fit."""
+    check_tensor("x_BTD", x_BTD, FLOATS, "BTD")
+    check_tensor("up_HD", up_HD, (x_BTD.dtype,), "HD")
+    check_shape("up_HD", up_HD, (up_HD.shape[0], x_BTD.shape[2]), "x_BTD", x_BTD)
+    check_tensor("down_DH", down_DH, (x_BTD.dtype,), "DH")
+    check_shape("down_DH", down_DH, up_HD.shape[::-1], "up_HD", up_HD)
+    for name, weight in (("up_HD", up_HD), ("down_DH", down_DH)):
+        check_device(name, weight, "x_BTD", x_BTD)
+    if residual_BTD is not None:
+        check_tensor("residual_BTD", residual_BTD, (x_BTD.dtype,), "BTD")
+        check_shape("residual_BTD", residual_BTD, x_BTD.shape, "x_BTD", x_BTD)
+        check_device("residual_BTD", residual_BTD, "x_BTD", x_BTD)
+
+
 def squared_relu_mlp(x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD: Tensor | None = None) -> Tensor:
     """An MLP with a squared ReLU, added to the residual stream where there is one.
 
@@ -108,15 +123,5 @@ def squared_relu_mlp(x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD
 
     Source: So et al. 2021, arXiv:2109.08668, for the squared ReLU.
     """
-    check_tensor("x_BTD", x_BTD, FLOATS, "BTD")
-    check_tensor("up_HD", up_HD, (x_BTD.dtype,), "HD")
-    check_shape("up_HD", up_HD, (up_HD.shape[0], x_BTD.shape[2]), "x_BTD", x_BTD)
-    check_tensor("down_DH", down_DH, (x_BTD.dtype,), "DH")
-    check_shape("down_DH", down_DH, up_HD.shape[::-1], "up_HD", up_HD)
-    for name, weight in (("up_HD", up_HD), ("down_DH", down_DH)):
-        check_device(name, weight, "x_BTD", x_BTD)
-    if residual_BTD is not None:
-        check_tensor("residual_BTD", residual_BTD, (x_BTD.dtype,), "BTD")
-        check_shape("residual_BTD", residual_BTD, x_BTD.shape, "x_BTD", x_BTD)
-        check_device("residual_BTD", residual_BTD, "x_BTD", x_BTD)
+    check_mlp(x_BTD, up_HD, down_DH, residual_BTD)
     return dispatch.implementation("squared_relu_mlp", x_BTD)(x_BTD, up_HD, down_DH, residual_BTD)

@@ -41,7 +41,8 @@ class Product(NamedTuple):
 WHOLE_ROW = 2**30
 
 # Measured on an H200 with torch 2.11.0 and triton 3.6.0: at 98,304 rows of 512 bfloat16 channels, and for int6 at the
-# model's matrices. Not varied were the tiles of the int6 ops for one matrix, of the packing, the ids and the casts.
+# model's matrices. Not varied were the tiles of the int6 ops for one matrix, of the packing, the ids, the casts and
+# the rows in float8.
 MEASURED: dict[tuple[int, int], dict[str, Shape]] = {
     (9, 0): {
         "add_rms_norm_fwd": Shape(1024, WHOLE_ROW, 256),
@@ -60,6 +61,7 @@ MEASURED: dict[tuple[int, int], dict[str, Shape]] = {
         "lookup_ids": Shape(512, 1, 128),
         "qk_norm_rotary_fwd": Shape(2048, WHOLE_ROW, 512),
         "qk_norm_rotary_bwd": Shape(2048, WHOLE_ROW, 256),
+        "rows_in_fp8": Shape(2048, WHOLE_ROW, 256),
         "quantize_int6": Shape(2048, 8192, 512),
         "quantize_int6_list": Shape(2048, 512, 512),
         "dequantize_int6": Shape(2048, 1024, 512),
@@ -88,12 +90,16 @@ def tile(kernel: str, columns: int, device: int) -> Tile:
     return Tile(rows, b_columns, min(max(rows * b_columns // per_warp, 1), 16))
 
 
-# Measured as above, at 98,304 rows and the model's widths.
+# Measured as above, at 98,304 rows and the model's widths; those in float8 were not varied.
 PRODUCTS: dict[tuple[int, int], dict[str, Product]] = {
     (9, 0): {
         "squared_relu": Product(128, 256, 64, 8, 4, 1, flatten=True),
         "added": Product(128, 256, 64, 8, 3, 1, flatten=True),
         "squared_relu_backward": Product(128, 128, 64, 4, 3, 2, flatten=False),
+        "fp8_squares": Product(128, 128, 128, 8, 4, 1, flatten=True),
+        "fp8_added": Product(128, 128, 128, 8, 4, 1, flatten=True),
+        "fp8_slopes": Product(128, 128, 128, 8, 3, 1, flatten=False),
+        "fp8_input": Product(128, 128, 128, 8, 4, 1, flatten=True),
     }
 }
 

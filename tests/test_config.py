@@ -248,6 +248,16 @@ def test_multi_token_heads_need_a_target():
         Config(mtp_num_heads=4, **batch)
 
 
+def test_fp8_needs_bfloat16_activations():
+    assert resolve(["--mlp-fp8", "1"], {}).mlp_fp8
+    assert resolve([], {"MLP_FP8": "on"}).mlp_fp8
+    assert not Config().mlp_fp8
+    assert "mlp_fp8" not in Config(mlp_fp8=True).artifact_fields()
+    with pytest.raises(ConfigError, match=r"MLP_FP8 \(--mlp-fp8\) is True: COMPUTE_DTYPE must be bfloat16.*float32"):
+        Config(mlp_fp8=True, compute_dtype="float32")
+    assert "MLP_FP8" in complaint(["--preset", "demo"], {"MLP_FP8": "1"})
+
+
 def test_replace_checks_again():
     with pytest.raises(ConfigError, match="NUM_LAYERS"):
         dataclasses.replace(Config(), num_layers=0)

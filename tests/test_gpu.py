@@ -179,7 +179,9 @@ def test_the_time_limit_holds_though_the_host_runs_ahead(config):
     assert 2.5 < summary["train_seconds"] <= 3.0
 
 
-@pytest.mark.parametrize("changes", [{}, {"document_boundaries": True, "qat_enabled": True, "mtp_num_heads": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"document_boundaries": True, "qat_enabled": True, "mtp_num_heads": 1}, {"mlp_fp8": True}]
+)
 def test_deterministic_twice_and_stopped_and_resumed_give_the_same_bits(config, changes):
     """Weights of the last checkpoint and the artifact, compiled, in bfloat16; each run in a process of its own."""
     options = {

@@ -32,6 +32,7 @@ CALLS = [
     ("qk_norm_rotary", (QKV, GATE, COS, SIN, 2), {}, (QKV, GATE, COS, SIN, 2, 2.0**-23), {}),
     ("linear_cross_entropy", (X, HEAD, TOKENS), {"soft_cap": 30}, (X, HEAD, TOKENS, 30.0, "mean"), {}),
     ("squared_relu_mlp", (X, WEIGHT, DOWN, X), {}, (X, WEIGHT, DOWN, X), {}),
+    ("squared_relu_mlp_fp8", (X, WEIGHT, DOWN, X), {}, (X, WEIGHT, DOWN, X), {}),
     ("quantize_int6", (WEIGHT,), {}, (WEIGHT,), {}),
     ("dequantize_int6", (CODES, SCALE), {"dtype": torch.half}, (CODES, SCALE, torch.half), {}),
     ("fake_quantize_int6", (WEIGHT,), {}, (WEIGHT, None), {}),

@@ -214,6 +214,42 @@ def test_qat_scores_the_weights_as_they_are():
     assert not torch.equal(model.train().logits(tokens_BT), plain.logits(tokens_BT))
 
 
+FP8 = {"mlp_fp8": True, "compute_dtype": "bfloat16"}
+
+
+def test_fp8_scores_as_bfloat16_does():
+    config = small_config(**FP8)
+    model = random_model(config).eval()
+    plain = GPT(dataclasses.replace(config, mlp_fp8=False))
+    plain.load_state_dict(model.state_dict())
+    tokens_BT, _ = random_batch(config, 2, 12)
+    assert torch.equal(model.logits(tokens_BT), plain.eval().logits(tokens_BT))
+    assert not torch.equal(model.train().logits(tokens_BT), plain.logits(tokens_BT))
+
+
+def test_fp8_trains_as_bfloat16_does():
+    """Twenty steps that take a nat off: the losses go the same way, further apart than none and closer than a step."""
+    config = small_config(**FP8)
+    batch = random_batch(config, 8, 16)
+    losses = []
+    for each in (config, dataclasses.replace(config, mlp_fp8=False)):
+        model = random_model(each).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        losses.append([])
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = model(*batch)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    ours, plain = losses
+    assert plain[-1] < plain[0] - 1
+    assert ours != plain
+    # Of each product's result some 5 % is noise of rounding, of each gradient 10 %.
+    assert abs(ours[0] - plain[0]) < 0.05 * plain[0]
+    assert abs(ours[-1] - plain[-1]) < 0.1 * (plain[0] - plain[-1])
+
+
 def test_activations_stay_in_bfloat16_and_logits_are_float32(monkeypatch):
     """What goes into and out of every module, and into every product and attention."""
     config = small_config(compute_dtype="bfloat16", document_boundaries=True, tie_embeddings=False, num_layers=3)
@@ -271,8 +307,9 @@ def compiled():
     [
         {"compute_dtype": "bfloat16"},
         {"document_boundaries": True, "tie_embeddings": False, "qat_enabled": True, "mtp_num_heads": 2},
+        FP8,
     ],
-    ids=["as the seed", "every option"],
+    ids=["as the seed", "every option", "FP8"],
 )
 def test_compiled_as_one_graph_it_is_the_same(options, compiled):
     model = random_model(small_config(**options)).train()
