@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, schedule
 
 from bench import ceilings
 from bench.kernel_work import inductor_bytes, inductor_counts_bytes, watched_launches
-from bench.step import STAGES, TrainingStep
+from bench.step import TrainingStep
 from bench.step_trace import CATEGORIES, OUTSIDE, analyse
 from bench.table import duration
 from golfmodel.config import Config, resolve
@@ -32,6 +32,7 @@ from golfmodel.runtime.distributed import runs_on_gpu
 from golfmodel.runtime.errors import ConfigError, StorageError, front_door
 from golfmodel.runtime.files import write_bytes, write_json
 from golfmodel.runtime.versions import versions
+from golfmodel.training.step import STAGES
 
 CHOICES = ("auto", "reference")
 WARMUP_STEPS, TIMED_STEPS, PROFILED_STEPS = 3, 5, 3
@@ -44,7 +45,7 @@ _FUNCTOR = re.compile(r"\w*Functor\w*|\w+_kernel_cuda|\w+Ops\b")
 
 def profile(config: Config, device: torch.device, kernels: str) -> tuple[dict[str, Any], bytes]:
     """What goes into `profile.json`, in SI units and for one step, and the Chrome trace."""
-    step = TrainingStep(config, device, kernels=kernels)
+    step = TrainingStep(config, device, kernels=kernels, records=False)
     with inductor_counts_bytes():
         for index in range(WARMUP_STEPS):
             step(index)

@@ -8,15 +8,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from bench.tokens import token_batch
 from golfmodel.config import Config
 from golfmodel.model.gpt import GPT
 from golfmodel.optim.groups import Optimizers
 from golfmodel.runtime.compiling import compiled
-
-STAGES = ("forward", "backward", "optimizers")
+from golfmodel.training.step import UNRECORDED_STEPS, Step
 
 
 @contextmanager
@@ -33,20 +31,24 @@ def kernels_chosen(choice: str) -> Iterator[None]:
 
 
 class TrainingStep:
-    """The step of one micro-batch that a trainer takes, on tokens of its own.
+    """A trainer's step of one micro-batch, on tokens of its own.
 
     Args:
         config: whose model and optimizers; its micro-batch on one rank.
         device: where.
         kernels: what `GOLF_KERNELS` is while it is compiled and run.
+        records: as of `golfmodel.training.step.Step`.
     """
 
-    def __init__(self, config: Config, device: torch.device, *, kernels: str = "auto") -> None:
+    def __init__(self, config: Config, device: torch.device, *, kernels: str = "auto", records: bool = True) -> None:
         self.config, self.device, self._kernels = config, device, kernels
         torch.manual_seed(config.seed)
         self.model = GPT(config).to(device)
         self.optimizers = Optimizers(self.model, config)
-        self._loss = compiled(self.model, config.compile, device)
+        with kernels_chosen(kernels):
+            gains = self.model.gains_from_compiling
+        self._loss = compiled(self.model, config.compile, device, gains=gains)
+        self._step = Step(self._loss, self.optimizers, 1, device, records=records)
         self.rows = config.rows_per_micro_batch(1)
         tokens = [
             token_batch(self.rows, config.train_seq_len + 1, config.vocab_size, device, seed=seed) for seed in (0, 1)
@@ -81,16 +83,19 @@ class TrainingStep:
         return sum(tensor.nbytes for tensor in tensors)
 
     def __call__(self, index: int) -> Tensor:
-        """Takes a step on batch `index`; returns the loss. Profilers see its `STAGES`."""
-        inputs_BT, targets_BT = self.batches[index % len(self.batches)]
+        """Takes a step on batch `index`; returns the loss, which stands until the next step."""
         with kernels_chosen(self._kernels):
-            with record_function("forward"):
-                loss = self._loss(inputs_BT, targets_BT)
-            with record_function("backward"):
-                loss.backward()
-            with record_function("optimizers"):
-                self.optimizers.step()
-        return loss.detach()
+            return self._step([self.batches[index % len(self.batches)]])
+
+    def settle(self) -> int:
+        """Takes the steps after which every one is as the last; returns the bytes that they needed at most."""
+        there = self.state_bytes
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            there -= torch.cuda.memory_allocated(self.device)
+        for index in range(UNRECORDED_STEPS + 1):
+            self(index)
+        return there + torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def forward_and_backward(self, index: int) -> None:
         """On batch `index`; leaves no gradients."""

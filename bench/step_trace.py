@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.ceilings import Ceilings
 from bench.kernel_work import PRODUCTS, Work, operation_work, transfer_work
-from bench.step import STAGES
+from golfmodel.training.step import STAGES
 
 ATTENTION, MATMUL, TRITON, INDUCTOR, OTHER = CATEGORIES = ("attention", "matmul", "Triton", "Inductor", "other")
 OUTSIDE = "outside"  # of every stage

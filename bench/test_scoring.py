@@ -27,7 +27,7 @@ def test_scoring(device: torch.device, ceilings: Ceilings, record: Callable[[Row
     torch.manual_seed(0)
     model = GPT(config).to(device).eval()
     torch.compiler.reset()
-    token_losses = compiled(model.token_losses, config.compile, device)
+    token_losses = compiled(model.token_losses, config.compile, device, gains=model.gains_from_compiling)
     tokens = token_batch(1, TARGETS + 1, config.vocab_size, torch.device("cpu"))[0].numpy().astype(np.uint16)
     text = SimpleNamespace(tokens=tokens, target_bytes=np.ones(TARGETS, dtype=np.int64))
     with process_group(device.type, {}) as ranks:

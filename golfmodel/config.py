@@ -163,7 +163,13 @@ class Config:
     device: str = option(
         "auto", RUN, "where to run; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"), may_change=True
     )
-    compile: str = option("auto", RUN, "torch.compile; auto: on a GPU", choices=("auto", "on", "off"), may_change=True)
+    compile: str = option(
+        "auto",
+        RUN,
+        "torch.compile; auto: on a GPU, where the kernels leave it something to gain",
+        choices=("auto", "on", "off"),
+        may_change=True,
+    )
     deterministic: bool = option(
         False, RUN, "the same bits each time; takes a schedule by steps (MAX_WALLCLOCK_SECONDS 0)", may_change=True
     )

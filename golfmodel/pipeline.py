@@ -254,7 +254,7 @@ def _train(
 ) -> tuple[GPT, TrainingResult, dict[str, float]]:
     """Trains and averages; returns the model as it will be exported, and its scores before quantization."""
     model = build_model(config, ranks)
-    token_losses = compiled(model.token_losses, config.compile, ranks.device)
+    token_losses = compiled(model.token_losses, config.compile, ranks.device, gains=model.gains_from_compiling)
 
     def bits_per_byte() -> float:
         return evaluator.side_by_side(token_losses, "validating").bits_per_byte
@@ -262,7 +262,7 @@ def _train(
     trainer = Trainer(
         config,
         model,
-        compiled(model, config.compile, ranks.device),
+        compiled(model, config.compile, ranks.device, gains=model.gains_from_compiling),
         loader,
         loader.micro_batches_per_step,
         ranks,
@@ -300,7 +300,7 @@ def _export(
     artifact = decode_artifact(ranks.broadcast_bytes(written), str(path))
     liveness.enter("scoring")
     read_back = readback.unpack_model(artifact, ranks.device, str(path))
-    token_losses = compiled(read_back.token_losses, config.compile, ranks.device)
+    token_losses = compiled(read_back.token_losses, config.compile, ranks.device, gains=read_back.gains_from_compiling)
     scores = evaluator.both(token_losses, prefix_targets=inputs.prefix_targets)
     return artifact, {
         "val_bpb_int6": scores.side_by_side,

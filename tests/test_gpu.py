@@ -84,7 +84,9 @@ def test_compiled_bfloat16_is_as_near_the_truth_as_eager(
     monkeypatch.setenv("GOLF_KERNELS", implementation)
     torch.compiler.reset()
     with torch.set_grad_enabled(training):
-        fused = relative_error(compiled(model.token_losses, "on", torch.device("cuda"))(inputs, targets), truth)
+        fused = relative_error(
+            compiled(model.token_losses, "on", torch.device("cuda"), gains=True)(inputs, targets), truth
+        )
     assert 0 < eager < 0.02
     assert fused <= 2 * eager
 
@@ -96,7 +98,7 @@ def test_compiled_gradients_are_as_near_the_truth_as_eager(config, document_boun
 
     def gradients(model: GPT, compile_choice: str) -> torch.Tensor:
         model.zero_grad()
-        compiled(model, compile_choice, torch.device("cuda"))(inputs, targets).backward()
+        compiled(model, compile_choice, torch.device("cuda"), gains=True)(inputs, targets).backward()
         return torch.cat([p.grad.flatten().double() for p in model.parameters()])
 
     model = randomised(config)
@@ -110,7 +112,7 @@ def test_compiled_gradients_are_as_near_the_truth_as_eager(config, document_boun
 def test_document_boundaries_hide_earlier_documents(config):
     """The block-sparse path: a document's losses do not depend on what stands before it."""
     model = randomised(dataclasses.replace(config, document_boundaries=True))
-    losses = compiled(model.token_losses, "on", torch.device("cuda"))
+    losses = compiled(model.token_losses, "on", torch.device("cuda"), gains=True)
     inputs, targets = batch(4, 256, document_every=10**9)
     inputs[:, 100] = 1
     before = losses(inputs, targets)

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
             targets = np.asarray(text.tokens[1:])
             covered = len(load_prefix(options.paid_prefix_file, options.paid_prefix_codec, targets))
         evaluator = Evaluator(text, ranks, length=config.eval_seq_len, stride=stride, batch_tokens=batch_tokens)
-        token_losses = compiled(model.token_losses, options.compile, ranks.device)
+        token_losses = compiled(model.token_losses, options.compile, ranks.device, gains=model.gains_from_compiling)
         scores = evaluator.both(token_losses, prefix_targets=covered)
         if ranks.is_main:
             result = {

@@ -17,7 +17,7 @@ from golfmodel.model.block import Block, BlockWeights
 from golfmodel.model.embedding import InputStage
 from golfmodel.model.layers import Matrix, Source, cast_matrices, declare_channels, rms_norm
 from golfmodel.model.parameters import Group, Storage
-from kernels import linear_cross_entropy
+from kernels import dispatch, linear_cross_entropy
 
 
 class UNetSkips(nn.Module):
@@ -56,6 +56,11 @@ class GPT(nn.Module):
             Matrix(config.model_dim, config.vocab_size, storage=Storage.NONE, gain=0.0)
             for _ in range(config.mtp_num_heads)
         )
+
+    @property
+    def gains_from_compiling(self) -> bool:
+        """Whether `torch.compile` leaves it faster on a GPU: without the kernels, or for attention within documents."""
+        return dispatch.chosen() == "reference" or self.config.document_boundaries
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The training loss, in training and evaluation mode alike: mean cross-entropy in nats, plus the weighted

@@ -24,11 +24,14 @@ class Optimizers:
 
     Over several ranks the gradients are averaged here: the matrices' to their owners, the others' to everyone.
 
-    Each parameter group keeps its full learning rate in `group["base_lr"]`; `set_schedule` scales all of them.
+    Learning rates and Muon's momentum are tensors on the model's device, which `set_schedule` writes to. They, the
+    weights and all state stay where they are in memory once there has been a step, so that a CUDA graph of a step
+    goes on being one.
     """
 
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks | None = None) -> None:
         specs = parameter_specs(model)
+        device = next(model.parameters()).device
         by_group: dict[Group, list[nn.Parameter]] = {group: [] for group in Group}
         for name, parameter in model.named_parameters():
             by_group[specs[name].group].append(parameter)
@@ -56,10 +59,16 @@ class Optimizers:
             betas=(config.beta1, config.beta2),
             eps=config.adam_eps,
             fused=True,
+            capturable=device.type == "cuda",
         )
         self.all: list[Optimizer] = [self.muon, self.adam]
-        for group in self.param_groups:
-            group["base_lr"] = group["lr"]
+        self._full_rates = torch.tensor([group["lr"] for group in self.param_groups], device=device)
+        self._rates = self._full_rates.clone()
+        self._momentum = torch.tensor(config.muon_momentum, device=device)
+        for group, rate in zip(self.param_groups, self._rates.unbind(), strict=True):
+            group["lr"] = rate
+        for group in self.muon.param_groups:
+            group["momentum"] = self._momentum
 
     @property
     def param_groups(self) -> list[dict]:
@@ -68,10 +77,8 @@ class Optimizers:
 
     def set_schedule(self, *, lr_scale: float, momentum: float) -> None:
         """Sets every group's learning rate to `lr_scale` times its full one, and Muon's momentum."""
-        for group in self.param_groups:
-            group["lr"] = group["base_lr"] * lr_scale
-        for group in self.muon.param_groups:
-            group["momentum"] = momentum
+        torch.mul(self._full_rates, lr_scale, out=self._rates)
+        self._momentum.fill_(momentum)
 
     def step(self) -> None:
         """Averages gradients over the ranks, clips their global norm, updates every parameter, frees the gradients."""
@@ -116,21 +123,29 @@ class Optimizers:
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes what `state_tensors` gave, on any number of ranks; for all ranks together."""
-        for optimizer, entries in ((self.muon, _MUON_ENTRIES), (self.adam, _ADAM_ENTRIES)):
-            state = {
-                index: {entry: tensors[f"{name}.{entry}"].clone() for entry in entries}
-                for index, name in enumerate(self._names_of(optimizer))
-                if f"{name}.{entries[0]}" in tensors
-            }
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        self.reset()
+        kept = {self.muon: (self.muon.own_parameters(), _MUON_ENTRIES), self.adam: (self._others, _ADAM_ENTRIES)}
+        for optimizer, (parameters, entries) in kept.items():
+            for parameter in parameters:
+                name = self._names[parameter]
+                if f"{name}.{entries[0]}" not in tensors:
+                    continue
+                state = optimizer.state[parameter]
+                for entry in entries:
+                    given = tensors[f"{name}.{entry}"]
+                    if entry in state:
+                        state[entry].copy_(given)
+                    else:
+                        state[entry] = given.to(parameter.device, copy=True)
 
     def _names_of(self, optimizer: Optimizer) -> list[str]:
         return [self._names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
     def reset(self) -> None:
-        """Forgets all state, as if no step had been taken."""
+        """Puts all state to zero, as it begins."""
         for optimizer in self.all:
-            optimizer.state.clear()
+            for state in optimizer.state.values():
+                torch._foreach_zero_(list(state.values()))
 
 
 def state_shapes(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:

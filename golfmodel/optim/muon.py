@@ -159,10 +159,14 @@ class Muon(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a whole state; each rank keeps that of its own matrices."""
         super().load_state_dict(state_dict)
-        if self._shards is not None:
-            own = {self._parameters()[index] for index in self._shards.own}
-            for parameter in [parameter for parameter in self.state if parameter not in own]:
-                del self.state[parameter]
+        own = set(self.own_parameters())
+        for parameter in [parameter for parameter in self.state if parameter not in own]:
+            del self.state[parameter]
+
+    def own_parameters(self) -> list[Tensor]:
+        """Those whose momentum this rank keeps: all of them, for one process alone."""
+        parameters = self._parameters()
+        return parameters if self._shards is None else [parameters[index] for index in self._shards.own]
 
     def _by_group(self, indices: Iterable[int]) -> Iterator[tuple[dict[str, Any], list[int]]]:
         first = 0

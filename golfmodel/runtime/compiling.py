@@ -11,14 +11,17 @@ from typing import Any
 import torch
 
 
-def compiled(function: Callable[..., Any], choice: str, device: torch.device) -> Callable[..., Any]:
-    """`function`, compiled as one graph where `choice` is "on", or "auto" on a GPU; as it is otherwise.
+def compiled(function: Callable[..., Any], choice: str, device: torch.device, *, gains: bool) -> Callable[..., Any]:
+    """`function`, compiled as one graph where `choice` is "on", or "auto" on a GPU and it gains; as it is otherwise.
 
     On a host without a C compiler, which torch.compile needs for its GPU launchers, "auto" warns and does without.
 
     Shapes are static: every caller keeps to one batch shape.
+
+    Args:
+        gains: whether compiling makes the function faster on a GPU by enough to be worth the wait.
     """
-    wanted = choice == "on" or (choice == "auto" and device.type == "cuda")
+    wanted = choice == "on" or (choice == "auto" and device.type == "cuda" and gains)
     if wanted and choice == "auto" and not _has_c_compiler():
         warnings.warn("no C compiler found (CC, gcc or clang): running without torch.compile, slower", stacklevel=2)
         return function

@@ -65,6 +65,11 @@ def planned(environment: Mapping[str, str]) -> list[_Fault]:
 _PLAN = planned(os.environ) if "GOLF_FAULTS" in os.environ else []
 
 
+def are_planned(point: str) -> bool:
+    """Whether anything is to happen at `point`."""
+    return any(fnmatch.fnmatchcase(point, fault.point) for fault in _PLAN)
+
+
 def reach(point: str) -> bool:
     """Says that this process has come to `point`, and lets happen what is planned there; nearly free without a plan.
 

@@ -25,6 +25,7 @@ from golfmodel.training.checkpoint import Checkpoint
 from golfmodel.training.checkpointing import Checkpoints
 from golfmodel.training.clock import TrainingClock
 from golfmodel.training.snapshot import Training
+from golfmodel.training.step import Step
 
 SWA_BELOW_LR_SCALE = 0.5
 NEVER = 2**62
@@ -82,9 +83,10 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.ranks, self.log = config, model, ranks, log
         self.average = WeightAverage(model.parameters())
-        self._loss, self._batches, self._micro_batches = loss, batches, micro_batches
+        self._batches, self._micro_batches = batches, micro_batches
         self._validate, self._checkpoints, self._stop = validate, checkpoints, stop
         self._optimizers = Optimizers(model, config, ranks)
+        self._step = Step(loss, self._optimizers, micro_batches, ranks.device)
         self._training = Training(model, self._optimizers, self.average, ranks)
         self._clock = TrainingClock(ranks.device)
         self._first_bad_step = torch.tensor(NEVER, device=ranks.device)
@@ -93,7 +95,7 @@ class Trainer:
         self._first_step, self._ended = 0, False
 
     def warm_up(self) -> None:
-        """Takes `WARMUP_STEPS` steps that prime every compiled path, then puts everything back as it was."""
+        """Takes `WARMUP_STEPS` steps, which compile and record what later ones run, then puts everything back."""
         if self.config.warmup_steps == 0:
             return
         liveness.enter("warm-up")
@@ -183,22 +185,12 @@ class Trainer:
         return step
 
     def _take_step(self, step: int, lr_scale: float) -> Tensor:
-        """One optimizer step; returns this rank's mean loss, on the device."""
-        total = torch.zeros((), device=self.ranks.device)
-        for _ in range(self._micro_batches):
-            inputs_BT, targets_BT = next(self._batches)
-            liveness.part_done()
-            loss = self._loss(inputs_BT, targets_BT) / self._micro_batches
-            loss.backward()
-            total += loss.detach()
-            liveness.part_done()
-        if faults.reach("gradient"):
-            next(self.model.parameters()).grad.fill_(float("nan"))
+        """One optimizer step; returns this rank's mean loss, on the device, until the next step."""
         self._optimizers.set_schedule(lr_scale=lr_scale, momentum=muon_momentum(self.config, step))
-        self._optimizers.step()
-        bad = torch.where(total.isfinite(), NEVER, step + 1)
+        loss = self._step(next(self._batches) for _ in range(self._micro_batches))
+        bad = torch.where(loss.isfinite(), NEVER, step + 1)
         self._first_bad_step = torch.minimum(self._first_bad_step, bad)
-        return total
+        return loss
 
     def _agree(self, step: int) -> tuple[float, float, bool, bool]:
         """What all ranks have to do alike, as rank 0 sees it, in one message between hosts.

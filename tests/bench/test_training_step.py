@@ -7,8 +7,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.step import STAGES, TrainingStep, kernels_chosen
+from bench.step import TrainingStep, kernels_chosen
 from golfmodel.config import Config, resolve
+from golfmodel.training.step import STAGES
 
 CPU = torch.device("cpu")
 

@@ -25,22 +25,27 @@ def compiler(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize(("choice", "device"), [("off", GPU), ("off", CPU), ("auto", CPU)])
 def test_left_as_it_is(compiler, choice, device):
-    assert compiled(double, choice, device) is double
+    assert compiled(double, choice, device, gains=True) is double
+
+
+def test_auto_leaves_what_gains_nothing(compiler):
+    assert compiled(double, "auto", GPU, gains=False) is double
+    assert compiled(double, "on", GPU, gains=False)[0] == "compiled"
 
 
 @pytest.mark.parametrize(("choice", "device"), [("on", CPU), ("on", GPU), ("auto", GPU)])
 def test_compiled_as_one_graph_of_static_shapes(compiler, choice, device):
-    assert compiled(double, choice, device) == ("compiled", double, {"fullgraph": True, "dynamic": False})
+    assert compiled(double, choice, device, gains=True) == ("compiled", double, {"fullgraph": True, "dynamic": False})
 
 
 def test_auto_does_without_where_there_is_no_c_compiler(compiler):
     compiler.clear()
     with pytest.warns(UserWarning, match="no C compiler"):
-        assert compiled(double, "auto", GPU) is double
-    assert compiled(double, "on", GPU)[0] == "compiled", "what is asked for is tried"
+        assert compiled(double, "auto", GPU, gains=True) is double
+    assert compiled(double, "on", GPU, gains=True)[0] == "compiled", "what is asked for is tried"
 
 
 def test_a_named_c_compiler_counts(compiler, monkeypatch):
     compiler[:] = ["my-cc"]
     monkeypatch.setenv("CC", "my-cc")
-    assert compiled(double, "auto", GPU)[0] == "compiled"
+    assert compiled(double, "auto", GPU, gains=True)[0] == "compiled"

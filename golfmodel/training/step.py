@@ -1,0 +1,95 @@
+"""One training step: forward and backward of its micro-batches, then the optimizers; on a GPU one CUDA graph.
+
+B batch, T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from golfmodel.optim.groups import Optimizers
+from golfmodel.runtime import faults, liveness
+
+MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, int64 [B, T] each
+
+STAGES = ("forward", "backward", "optimizers")  # as profilers see them, of a step that is not recorded
+
+# Before the one that is recorded: they compile what there is to compile, and allocate what stays.
+UNRECORDED_STEPS = 2
+
+
+class Step:
+    """Takes steps. On a GPU the third is recorded as a CUDA graph, and from then on the host starts that.
+
+    A graph goes on reading and writing the memory that it was recorded with. So weights, optimizer state and schedule
+    may be changed between steps, but only in place; and every step has the same number of micro-batches of one shape.
+
+    Args:
+        loss: the training loss of (inputs, targets).
+        optimizers: of the loss's parameters.
+        micro_batches: how many make a step.
+        device: where all of it is.
+        records: whether to record; False keeps to single launches, which a profiler tells apart.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        optimizers: Optimizers,
+        micro_batches: int,
+        device: torch.device,
+        *,
+        records: bool = True,
+    ) -> None:
+        self._loss, self._optimizers, self._micro_batches = loss, optimizers, micro_batches
+        self._device = device
+        # A fault in the gradients is the host's doing, of which a graph knows nothing.
+        self._records = records and device.type == "cuda" and not faults.are_planned("gradient")
+        self._unrecorded = UNRECORDED_STEPS
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[MicroBatch] = []
+        self._total = torch.zeros((), device=device)
+
+    def __call__(self, micro_batches: Iterable[MicroBatch]) -> Tensor:
+        """One optimizer step; returns this rank's mean loss, on the device, where the next step writes its own."""
+        if self._graph is None and (not self._records or self._unrecorded > 0):
+            self._unrecorded -= 1
+            self._take(micro_batches)
+            return self._total
+        given = list(micro_batches)
+        if self._graph is None:
+            self._record(given)
+        for mine, (inputs_BT, targets_BT) in zip(self._inputs, given, strict=True):
+            torch._foreach_copy_(mine, (inputs_BT, targets_BT))
+        self._graph.replay()
+        liveness.part_done()
+        return self._total
+
+    def _take(self, micro_batches: Iterable[MicroBatch]) -> None:
+        forward, backward, optimizers = STAGES
+        self._total.zero_()
+        for inputs_BT, targets_BT in micro_batches:
+            liveness.part_done()
+            with record_function(forward):
+                loss = self._loss(inputs_BT, targets_BT) / self._micro_batches
+            with record_function(backward):
+                loss.backward()
+            self._total += loss.detach()
+            liveness.part_done()
+        if faults.reach("gradient"):
+            self._optimizers.param_groups[0]["params"][0].grad.fill_(float("nan"))
+        with record_function(optimizers):
+            self._optimizers.step()
+
+    def _record(self, given: list[MicroBatch]) -> None:
+        """Records what `_take` does on copies of these micro-batches; runs none of it."""
+        self._inputs = [(inputs_BT.clone(), targets_BT.clone()) for inputs_BT, targets_BT in given]
+        torch.cuda.empty_cache()  # the graph has memory of its own, as much as the steps so far
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads pin memory for what is read ahead, and ask NCCL how far it is.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._take(self._inputs)

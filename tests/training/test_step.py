@@ -1,0 +1,152 @@
+"""A step beside its parts written out; and on a GPU, that its graph is the same step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from golfmodel.config import Config
+from golfmodel.model.gpt import GPT
+from golfmodel.optim.groups import Optimizers
+from golfmodel.training.step import UNRECORDED_STEPS, Step
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+STEPS = UNRECORDED_STEPS + 4
+
+
+@pytest.fixture
+def config(tiny_options) -> Config:
+    return Config(**{**tiny_options, "grad_clip_norm": 0.3})
+
+
+def micro_batches(config: Config, step: int, count: int, device: torch.device) -> list[tuple[torch.Tensor, ...]]:
+    generator = torch.Generator().manual_seed(step)
+    shape = (count, 2, 4, config.train_seq_len)
+    tokens = torch.randint(2, config.vocab_size, shape, generator=generator).to(device)
+    return [tuple(pair.unbind()) for pair in tokens]
+
+
+def built(config: Config, device: torch.device) -> tuple[GPT, Optimizers]:
+    torch.manual_seed(0)
+    model = GPT(config).to(device)
+    return model, Optimizers(model, config)
+
+
+def train(config: Config, device: torch.device, steps: range, *, records: bool, count: int = 2, work=None):
+    """Losses and weights of steps with a schedule that changes; `work` is a model and optimizers that go on."""
+    model, optimizers = work or built(config, device)
+    step = Step(model, optimizers, count, device, records=records)
+    losses = []
+    for number in steps:
+        optimizers.set_schedule(lr_scale=1 / (1 + number), momentum=0.85 + 0.01 * number)
+        losses.append(float(step(iter(micro_batches(config, number, count, device)))))
+    return losses, [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_a_step_is_the_mean_of_its_micro_batches_then_the_optimizers(config):
+    losses, weights = train(config, CPU, range(2), records=True)
+    model, optimizers = built(config, CPU)
+    for number in range(2):
+        optimizers.set_schedule(lr_scale=1 / (1 + number), momentum=0.85 + 0.01 * number)
+        parts = [model(*each) / 2 for each in micro_batches(config, number, 2, CPU)]
+        for part in parts:
+            part.backward()
+        optimizers.step()
+        assert losses[number] == float(sum(parts).detach())
+    assert all(map(torch.equal, weights, model.parameters()))
+
+
+def test_micro_batches_are_read_one_by_one_where_nothing_is_recorded(config):
+    model, optimizers = built(config, CPU)
+    seen = []
+
+    def loss(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        seen.append("loss")
+        return model(inputs_BT, targets_BT)
+
+    def read():
+        for each in micro_batches(config, 0, 2, CPU):
+            seen.append("read")
+            yield each
+
+    Step(loss, optimizers, 2, CPU)(read())
+    assert seen == ["read", "loss", "read", "loss"]
+
+
+@pytest.fixture
+def on_gpu(config) -> Config:
+    sizes = {"num_layers": 3, "model_dim": 256, "num_heads": 4, "train_seq_len": 256, "eval_seq_len": 256}
+    return dataclasses.replace(config, compute_dtype="bfloat16", deterministic=True, **sizes)
+
+
+OPTIONS = [{}, {"qat_enabled": True, "mtp_num_heads": 1, "tie_embeddings": False}, {"mlp_fp8": True}]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=["as it comes", "every option", "FP8"])
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_a_recorded_step_is_the_same_step(on_gpu, options, implementation, monkeypatch):
+    monkeypatch.setenv("GOLF_KERNELS", implementation)
+    config = dataclasses.replace(on_gpu, **options)
+    torch.use_deterministic_algorithms(True)
+    try:
+        expected = train(config, GPU, range(STEPS), records=False)
+        found = train(config, GPU, range(STEPS), records=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found[0] == expected[0]
+    assert all(map(torch.equal, found[1], expected[1]))
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_goes_on_from_what_is_put_in_place(on_gpu):
+    """As after warm-up and on resuming: weights and state change between replays, and the graph takes them up."""
+    expected = train(on_gpu, GPU, range(STEPS), records=False)
+    work = model, optimizers = built(on_gpu, GPU)
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    step = Step(model, optimizers, 2, GPU)
+    for number in range(STEPS):  # throw-away
+        step(micro_batches(on_gpu, 100 + number, 2, GPU))
+    with torch.no_grad():
+        torch._foreach_copy_(list(model.parameters()), start)
+    optimizers.reset()
+
+    def go_on(steps: range) -> list[float]:
+        losses = []
+        for number in steps:
+            optimizers.set_schedule(lr_scale=1 / (1 + number), momentum=0.85 + 0.01 * number)
+            losses.append(float(step(micro_batches(on_gpu, number, 2, GPU))))
+        return losses
+
+    losses = go_on(range(3))
+    saved = {name: tensor.clone() for name, tensor in optimizers.state_tensors().items()}
+    weights = [parameter.detach().clone() for parameter in work[0].parameters()]
+    go_on(range(50, 52))  # elsewhere
+    optimizers.load_state_tensors(saved)
+    with torch.no_grad():
+        torch._foreach_copy_(list(model.parameters()), weights)
+    losses += go_on(range(3, STEPS))
+    assert losses == expected[0]
+    assert all(map(torch.equal, model.parameters(), expected[1]))
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_is_one_launch_and_never_waits(on_gpu):
+    model, optimizers = built(on_gpu, GPU)
+    step = Step(model, optimizers, 1, GPU)
+    batches = micro_batches(on_gpu, 0, 1, GPU)
+    for _ in range(UNRECORDED_STEPS + 1):
+        step(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizers.set_schedule(lr_scale=0.5, momentum=0.9)
+        step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step(batches)
+    names = {event.key for event in profiler.key_averages()}
+    assert "forward" not in names
+    assert bool(torch.isfinite(step(batches)))
