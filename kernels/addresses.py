@@ -1,7 +1,8 @@
 """Small tables that kernels read from the device, addresses of tensors above all; also for CUDA graphs.
 
 A graph goes on reading a table wherever it is replayed. So one that is made or used while a graph is captured is there
-before the first replay, and is kept for good: a few kilobytes for each captured call.
+before the first replay, and is kept for good: a few kilobytes for each captured call. To make one, the capture has to
+be "relaxed": `torch.cuda.graph(graph, capture_error_mode="relaxed")`.
 """
 
 from __future__ import annotations
@@ -39,11 +40,20 @@ def table_on(device: torch.device, rows: Sequence, dtype: torch.dtype) -> Tensor
     on_host = torch.tensor(rows, dtype=dtype, pin_memory=True)
     if not is_capturing(device):
         return on_host.to(device, non_blocking=True)
-    # On a stream beside the captured one: neither the copy nor the memory is the graph's.
-    with torch.cuda.stream(torch.cuda.Stream(device)) as stream:
+    # On a stream beside the captured ones: neither the copy nor the memory is the graph's.
+    beside = _stream_outside_graphs(device)
+    with torch.cuda.stream(beside):
         table = on_host.to(device, non_blocking=True)
-        stream.synchronize()
+    beside.synchronize()
     return table
+
+
+def _stream_outside_graphs(device: torch.device) -> torch.cuda.Stream:
+    while True:  # PyTorch hands out the same 32 in turn, those that are captured among them
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            if not is_capturing(device):
+                return stream
 
 
 def keep_for_graph(device: torch.device, tables: Any) -> None:

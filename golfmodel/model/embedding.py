@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golfmodel.config import Config
-from golfmodel.model.layers import RMS_NORM_EPSILON, Matrix, Source, declare_channels
+from golfmodel.model.layers import RMS_NORM_EPSILON, Matrix, Source, cast_matrices, declare_channels
 from golfmodel.model.parameters import Group, Storage, declare
 from kernels import input_stage
 
@@ -50,9 +50,14 @@ class BigramEmbedding(nn.Module):
                 fake_quantize=config.qat_enabled,
             )
 
-    def projected(self, projection_DI: Tensor | None) -> Tensor:
+    def sources(self) -> tuple[Source, ...]:
+        """Of P, where there is one."""
+        return () if self.projection is None else (Source((self.projection,)),)
+
+    def projected(self) -> Tensor:
         """`H P^T` `[K, D]`, P in the table's dtype; H where its rows are as wide as the model, without a P."""
-        return self.table if projection_DI is None else F.linear(self.table, projection_DI)
+        projections = cast_matrices(self.sources(), self.table.dtype)
+        return F.linear(self.table, projections[0]) if projections else self.table
 
 
 class SmearGate(nn.Module):
@@ -76,24 +81,13 @@ class InputStage(nn.Module):
         self.bigram = BigramEmbedding(config, dtype) if config.bigram_vocab_size else None
         self.smear = SmearGate(config)
 
-    def sources(self) -> tuple[Source, ...]:
-        """Of the weight that `forward` takes, if there is one."""
-        if self.bigram is None or self.bigram.projection is None:
-            return ()
-        return (Source((self.bigram.projection,)),)
-
-    def forward(
-        self, tokens_BT: Tensor, projection_DI: Tensor | None = None, document_start_BT: Tensor | None = None
-    ) -> Tensor:
-        """Integer tokens `[B, T]`, and where documents start (bool `[B, T]`) if they are to be kept apart.
-
-        `projection` is P, where bigrams have one.
-        """
+    def forward(self, tokens_BT: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
+        """Integer tokens `[B, T]`, and where documents start (bool `[B, T]`) if they are to be kept apart."""
         return input_stage(
             tokens_BT,
             self.token.weight,
             self.smear.gate,
-            None if self.bigram is None else self.bigram.projected(projection_DI),
+            None if self.bigram is None else self.bigram.projected(),
             None if self.bigram is None else self.bigram.scale,
             document_start_BT,
             eps=RMS_NORM_EPSILON,

@@ -16,7 +16,7 @@ from golfmodel.model.attention import Rotary, document_mask
 from golfmodel.model.block import Block, BlockWeights
 from golfmodel.model.embedding import InputStage
 from golfmodel.model.layers import Matrix, Source, cast_matrices, declare_channels, rms_norm
-from golfmodel.model.parameters import Group, Storage
+from golfmodel.model.parameters import BACKWARD_PARTS, Group, Storage
 from kernels import dispatch, linear_cross_entropy
 
 
@@ -95,12 +95,14 @@ class GPT(nn.Module):
         if self.config.document_boundaries:
             document_start_BT = tokens_BT == self.config.bos_token_id
             mask = document_mask(document_start_BT)
-        projection_DI, weights = self._weights()
-        x0_BTD = self.input(tokens_BT, projection_DI, document_start_BT)
+        x0_BTD = self.input(tokens_BT, document_start_BT)
         rotary = self.rotary(tokens_BT.size(1))
         x_BTD = x0_BTD
+        weights: list[BlockWeights] = []
         outputs: list[Tensor] = []
         for index, block in enumerate(self.blocks):
+            if index == len(weights):
+                weights += self._weights_from(index)
             skip = ()
             if index >= self.skips.count and outputs:
                 skip = outputs.pop(), self.skips.scale(index - self.skips.count)
@@ -109,12 +111,18 @@ class GPT(nn.Module):
                 outputs.append(x_BTD)
         return rms_norm(x_BTD)
 
-    def _weights(self) -> tuple[Tensor | None, list[BlockWeights]]:
-        """The bigram projection, where there is one, and every block's weights, cast all at once."""
-        sources = [source for module in (*self.blocks, self.input) for source in module.sources()]
+    def _weights_from(self, first: int) -> list[BlockWeights]:
+        """Of the blocks from `first` on, as many as make one of `BACKWARD_PARTS`; cast together, when they are wanted.
+
+        Then backward, which goes the other way, has their gradients as soon as it is past them. Parts are counted from
+        the last block and rounded up, so that none waits for a block of the next.
+        """
+        total = len(self.blocks)
+        part_of = [(total - 1 - index) * BACKWARD_PARTS // total for index in range(total)]
+        blocks = [block for block, part in zip(self.blocks, part_of, strict=True) if part == part_of[first]]
+        sources = [source for block in blocks for source in block.sources()]
         weights = iter(cast_matrices(sources, self.input.token.weight.dtype))
-        of_blocks = [BlockWeights(*islice(weights, len(BlockWeights._fields))) for _ in self.blocks]
-        return next(weights, None), of_blocks
+        return [BlockWeights(*islice(weights, len(BlockWeights._fields))) for _ in blocks]
 
     def _head(self) -> Tensor:
         """The weight `[V, D]` of the logits; tied, the token table itself."""

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+# Backward has the matrices' gradients in this many parts of about equal size, those of the last blocks first: what
+# ranks send each other of one travels while the next is computed.
+BACKWARD_PARTS = 3
+
 
 class Storage(enum.Enum):
     """How a parameter is written to the artifact."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,10 @@ class Optimizers:
         """Sets every group's learning rate to `lr_scale` times its full one, and Muon's momentum."""
         torch.mul(self._full_rates, lr_scale, out=self._rates)
         self._momentum.fill_(momentum)
+
+    def reducing(self) -> AbstractContextManager[None]:
+        """For the backward before a step: the matrices' gradients begin to be averaged over the ranks as it goes on."""
+        return self.muon.reducing()
 
     def step(self) -> None:
         """Averages gradients over the ranks, clips their global norm, updates every parameter, frees the gradients."""

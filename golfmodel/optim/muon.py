@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,47 @@ from torch.optim import Optimizer
 from golfmodel.optim.sharding import Shards
 from golfmodel.runtime.distributed import Ranks
 from kernels.muon_update import momentum_newton_schulz_, muon_update_
+
+
+class _Reducing:
+    """The averaging of one step's gradients over the ranks, bucket after bucket in the same order on all of them."""
+
+    def __init__(self, parameters: Sequence[Tensor], shards: Shards) -> None:
+        self._parameters, self._shards = parameters, shards
+        self._bucket_of = {
+            parameters[index]: bucket for bucket, indices in enumerate(shards.buckets) for index in indices
+        }
+        self._missing = [len(indices) for indices in shards.buckets]
+        self._means: list[Callable[[], dict[int, Tensor]]] = []  # of each bucket that is sent
+        self.sent: list[int] = []  # parameters
+
+    def has_gradient(self, parameter: Tensor) -> None:
+        """Sends the buckets that are complete with it, if all before them are sent."""
+        self._missing[self._bucket_of[parameter]] -= 1
+        while len(self._means) < len(self._missing) and self._missing[len(self._means)] == 0:
+            self._send()
+
+    def send_rest(self) -> None:
+        """Sends the remaining buckets, without the gradients that there are none of."""
+        while len(self._means) < len(self._missing):
+            self._send()
+
+    def means(self) -> dict[int, Tensor]:
+        """Waits for the means of this rank's own gradients, by index."""
+        return {index: mean for means in self._means for index, mean in means().items()}
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        bucket = len(self._means)
+        gradients = {
+            index: self._parameters[index].grad
+            for index in self._shards.buckets[bucket]
+            if self._parameters[index].grad is not None
+        }
+        self._means.append(self._shards.start_reducing(bucket, gradients))
+        self.sent += gradients
+        for index in gradients:
+            self._parameters[index].grad = None
 
 
 class Muon(Optimizer):
@@ -45,6 +87,7 @@ class Muon(Optimizer):
     # here too, for copies, which take only what every optimizer has; a copy works for its process alone
     _ranks: Ranks | None = None
     _shards: Shards | None = None
+    _reducing: _Reducing | None = None
     _present: list[int] | None = None  # parameters with a gradient, where the ranks have averaged them
 
     def __init__(
@@ -84,26 +127,44 @@ class Muon(Optimizer):
         if self._ranks is not None:
             settled = () if self._shards is None else self._shards.owner
             self._shards = Shards(self._parameters(), self._ranks, settled)
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(self._has_gradient)
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    @contextmanager
+    def reducing(self) -> Iterator[None]:
+        """For the backward after which a step follows: what is averaged over the ranks travels while it goes on.
+
+        Parts of the gradients are sent as soon as all of a part are there, the last parameters' first.
+        """
+        if self._shards is not None:
+            self._reducing = _Reducing(self._parameters(), self._shards)
+        yield
+
+    def _has_gradient(self, parameter: Tensor) -> None:
+        if self._reducing is not None:
+            self._reducing.has_gradient(parameter)
+
     @torch.no_grad()
     def start_reducing(self) -> Callable[[], None]:
-        """Starts to average the gradients over the ranks; what it returns waits for this rank's own.
+        """Starts to average the gradients over the ranks, as far as `reducing` has not; what it returns waits for them.
 
-        They are then the means; other ranks' matrices have None. `step` does this where it has not been done.
+        This rank's own are then the means; other ranks' matrices have None. `step` does this where it has not been
+        done.
         """
         parameters = self._parameters()
-        self._present = [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
         if self._shards is None:
+            self._present = [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
             return lambda: None
-        wait = self._shards.start_reducing([parameter.grad for parameter in parameters])
-        for parameter in parameters:
-            parameter.grad = None
+        reducing = self._reducing or _Reducing(parameters, self._shards)
+        self._reducing = None
+        reducing.send_rest()
+        self._present = sorted(reducing.sent)
 
         def finish() -> None:
-            for index, mean in wait().items():
+            for index, mean in reducing.means().items():
                 parameters[index].grad = mean.to(parameters[index].dtype)
 
         return finish

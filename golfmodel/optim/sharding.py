@@ -1,6 +1,6 @@
 """Matrices shared out over ranks: each rank has the gradients' means, the momentum and the update of its own.
 
-W ranks, L numbers: the most that one rank's matrices hold.
+W ranks, L numbers: the most that one rank has of what is sent.
 """
 
 from __future__ import annotations
@@ -10,26 +10,61 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from golfmodel.model.parameters import BACKWARD_PARTS
 from golfmodel.runtime.distributed import Ranks
 from kernels.newton_schulz_plan import multiplications
 
 ALIGNMENT = 8  # numbers: every matrix begins at a multiple of 16 bytes, in bfloat16 too
 
 
-def owners(shapes: Sequence[tuple[int, int]], world_size: int, settled: Sequence[int] = ()) -> list[int]:
-    """Which rank works on which matrix: the most expensive first, each to the rank with the least work so far.
+def buckets(shapes: Sequence[tuple[int, int]], count: int = BACKWARD_PARTS) -> list[list[int]]:
+    """The matrices from the last to the first, as backward has their gradients, cut into parts of about equal size."""
+    total = sum(rows * columns for rows, columns in shapes)
+    several: list[list[int]] = [[]]
+    sent = 0
+    for index in reversed(range(len(shapes))):
+        if several[-1] and sent * count >= total * len(several):
+            several.append([])
+        several[-1].append(index)
+        sent += shapes[index][0] * shapes[index][1]
+    return several
 
-    Depends on the arguments alone, so every rank comes to the same. The first ones stay with their `settled` owners.
+
+def owners(shapes: Sequence[tuple[int, int]], world_size: int, settled: Sequence[int] = ()) -> list[int]:
+    """Which rank works on which matrix: in every bucket the most expensive first, each to the rank with least so far.
+
+    So ranks have about as much in each bucket too. Depends on the arguments alone, so every rank comes to the same.
+    The first ones stay with their `settled` owners.
     """
     load = [0] * world_size
     owner = [*settled, *[0] * (len(shapes) - len(settled))]
     for index, rank in enumerate(settled):
         load[rank] += multiplications(*shapes[index])
-    fresh = range(len(settled), len(shapes))
-    for index in sorted(fresh, key=lambda index: -multiplications(*shapes[index])):
-        owner[index] = min(range(world_size), key=load.__getitem__)
-        load[owner[index]] += multiplications(*shapes[index])
+    for bucket in buckets(shapes):
+        fresh = [index for index in bucket if index >= len(settled)]
+        for index in sorted(fresh, key=lambda index: (-multiplications(*shapes[index]), index)):
+            owner[index] = min(range(world_size), key=load.__getitem__)
+            load[owner[index]] += multiplications(*shapes[index])
     return owner
+
+
+class _Rows:
+    """Where each of some matrices lies in the row `[L]` of its owner, one after another."""
+
+    def __init__(self, indices: Sequence[int], shapes: Sequence[tuple[int, int]], owner: Sequence[int]) -> None:
+        self._shapes = shapes
+        self._starts: dict[int, int] = {}
+        ends = [0] * (1 + max(owner, default=0))
+        for index in indices:
+            rows, columns = shapes[index]
+            self._starts[index] = ends[owner[index]]
+            ends[owner[index]] += -(-rows * columns // ALIGNMENT) * ALIGNMENT
+        self.length = max(ends)
+
+    def part(self, row_L: Tensor, index: int) -> Tensor:
+        """Matrix `index` in its owner's row."""
+        rows, columns = self._shapes[index]
+        return row_L[self._starts[index] :][: rows * columns].view(rows, columns)
 
 
 class Shards:
@@ -45,31 +80,29 @@ class Shards:
         # what travels in full precision
         wide = any(parameter.dtype == torch.float64 for parameter in parameters)
         self.dtype = torch.float64 if wide else torch.float32
-        self._shapes = [tuple(parameter.shape) for parameter in parameters]
-        self.owner = owners(self._shapes, ranks.world_size, settled)
+        shapes = [tuple(parameter.shape) for parameter in parameters]
+        self.owner = owners(shapes, ranks.world_size, settled)
         self.own = [index for index, rank in enumerate(self.owner) if rank == ranks.rank]
-        self._starts, ends = [], [0] * ranks.world_size
-        for (rows, columns), rank in zip(self._shapes, self.owner, strict=True):
-            self._starts.append(ends[rank])
-            ends[rank] += -(-rows * columns // ALIGNMENT) * ALIGNMENT
-        self._length = max(ends)
+        self.buckets = buckets(shapes)
+        self._rows = _Rows(range(len(shapes)), shapes, self.owner)
+        self._rows_of_bucket = [_Rows(bucket, shapes, self.owner) for bucket in self.buckets]
 
-    def start_reducing(self, gradients: Sequence[Tensor | None]) -> Callable[[], dict[int, Tensor]]:
-        """Starts to average gradients over the ranks; what it returns waits for this rank's own, by index.
+    def start_reducing(self, bucket: int, gradients: Mapping[int, Tensor]) -> Callable[[], dict[int, Tensor]]:
+        """Starts to average a bucket's gradients over the ranks; what it returns waits for this rank's own, by index.
 
-        A gradient that is None here is None on every rank.
+        A gradient that is not there is so on every rank.
         """
-        rows_WL = torch.zeros(self._ranks.world_size, self._length, dtype=self.dtype, device=self._ranks.device)
-        present = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        places = [self._part(rows_WL[self.owner[index]], index) for index in present]
-        if present:
-            torch._foreach_copy_(places, [gradients[index] for index in present])
-        wait = self._ranks.start_mean_of_rows(rows_WL)
-        own = [index for index in self.own if gradients[index] is not None]
+        rows = self._rows_of_bucket[bucket]
+        sent_WL = torch.zeros(self._ranks.world_size, rows.length, dtype=self.dtype, device=self._ranks.device)
+        if gradients:
+            places = [rows.part(sent_WL[self.owner[index]], index) for index in gradients]
+            torch._foreach_copy_(places, list(gradients.values()))
+        wait = self._ranks.start_mean_of_rows(sent_WL)
+        own = [index for index in gradients if self.owner[index] == self._ranks.rank]
 
         def finish() -> dict[int, Tensor]:
             mean_L = wait()
-            return {index: self._part(mean_L, index) for index in own}
+            return {index: rows.part(mean_L, index) for index in own}
 
         return finish
 
@@ -78,14 +111,14 @@ class Shards:
 
         Where an owner has no tensor, there are zeros.
         """
-        own_L = torch.zeros(self._length, dtype=dtype, device=self._ranks.device)
+        own_L = torch.zeros(self._rows.length, dtype=dtype, device=self._ranks.device)
         if tensors:
-            torch._foreach_copy_([self._part(own_L, index) for index in tensors], list(tensors.values()))
+            torch._foreach_copy_([self._rows.part(own_L, index) for index in tensors], list(tensors.values()))
         wait = self._ranks.start_gathering_rows(own_L)
 
         def finish() -> dict[int, Tensor]:
             rows_WL = wait()
-            return {index: self._part(rows_WL[rank], index) for index, rank in enumerate(self.owner)}
+            return {index: self._rows.part(rows_WL[rank], index) for index, rank in enumerate(self.owner)}
 
         return finish
 
@@ -94,7 +127,3 @@ class Shards:
         here = torch.zeros(len(self.owner), device=self._ranks.device)
         here[list(tensors)] = 1
         return self._ranks.reduce_sum(here).nonzero().flatten().tolist()
-
-    def _part(self, row_L: Tensor, index: int) -> Tensor:
-        rows, columns = self._shapes[index]
-        return row_L[self._starts[index] :][: rows * columns].view(rows, columns)

@@ -6,6 +6,7 @@ B batch, T time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -72,16 +73,18 @@ class Step:
     def _take(self, micro_batches: Iterable[MicroBatch]) -> None:
         forward, backward, optimizers = STAGES
         self._total.zero_()
-        for inputs_BT, targets_BT in micro_batches:
+        for number, (inputs_BT, targets_BT) in enumerate(micro_batches, start=1):
             liveness.part_done()
             with record_function(forward):
                 loss = self._loss(inputs_BT, targets_BT) / self._micro_batches
-            with record_function(backward):
+            is_last = number == self._micro_batches
+            with record_function(backward), self._optimizers.reducing() if is_last else nullcontext():
                 loss.backward()
             self._total += loss.detach()
             liveness.part_done()
         if faults.reach("gradient"):
-            self._optimizers.param_groups[0]["params"][0].grad.fill_(float("nan"))
+            parameters = (parameter for group in self._optimizers.param_groups for parameter in group["params"])
+            next(each for each in parameters if each.grad is not None).grad.fill_(float("nan"))
         with record_function(optimizers):
             self._optimizers.step()
 
@@ -90,6 +93,6 @@ class Step:
         self._inputs = [(inputs_BT.clone(), targets_BT.clone()) for inputs_BT, targets_BT in given]
         torch.cuda.empty_cache()  # the graph has memory of its own, as much as the steps so far
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads pin memory for what is read ahead, and ask NCCL how far it is.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # Meanwhile kernels upload tables, and other threads pin memory and ask NCCL how far it is.
+        with torch.cuda.graph(self._graph, capture_error_mode="relaxed"):
             self._take(self._inputs)

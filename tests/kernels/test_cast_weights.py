@@ -155,8 +155,10 @@ def test_upstream_gradients_of_any_layout(device):
     wanted = [*leaves[0], leaves[1][1]]
     plain = torch.autograd.grad(result, wanted, upstream.mT.contiguous(), retain_graph=True)
     askew = torch.empty(43, device=device)[1:].view(7, 6).copy_(upstream.mT)
+    # PyTorch adds up a strided gradient in another order.
+    close = {"rtol": 0, "atol": 1e-6 if dispatch.chosen() == "reference" else 0}
     for other in (upstream.mT, askew):
-        assert all(map(torch.equal, plain, torch.autograd.grad(result, wanted, other, retain_graph=True)))
+        torch.testing.assert_close(torch.autograd.grad(result, wanted, other, retain_graph=True), plain, **close)
     (ones,) = torch.autograd.grad(result.sum(), leaves[0][:1], retain_graph=True)  # expanded from one number
     assert torch.equal(ones, torch.ones_like(ones))
 

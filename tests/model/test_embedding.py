@@ -8,7 +8,6 @@ import torch
 from small_models import random_batch, random_model, small_config
 
 from golfmodel.model.embedding import InputStage
-from golfmodel.model.layers import cast_matrices
 from golfmodel.model.parameters import Storage, parameter_specs
 
 BOS = 1
@@ -17,12 +16,6 @@ BOS = 1
 def stage_of(**options) -> tuple[InputStage, recipe.Weights]:
     model = random_model(small_config(**options))
     return model.input, recipe.weights_of(model)
-
-
-def embedded(stage: InputStage, tokens_BT: torch.Tensor, document_start_BT: torch.Tensor | None = None) -> torch.Tensor:
-    """The stage by its own projection, where it has one."""
-    projections = cast_matrices(stage.sources(), stage.token.weight.dtype)
-    return stage(tokens_BT, *(projections or [None]), document_start_BT)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +28,7 @@ def test_input_stage_is_that_of_the_recipe(options):
     config = small_config(**options)
     tokens_BT, _ = random_batch(config, 3, 16)
     expected = torch.stack([recipe.input_stage(config, W, row) for row in tokens_BT.tolist()])
-    torch.testing.assert_close(embedded(stage, tokens_BT).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stage(tokens_BT).double(), expected, rtol=0, atol=1e-5)
 
 
 def test_hash_of_the_seed():
@@ -54,8 +47,8 @@ def test_smear_and_hash_reset_at_a_document_start():
     tokens_BT = torch.tensor([first + second])
     starts_BT = tokens_BT == BOS
     expected = torch.cat([recipe.input_stage(config, W, first), recipe.input_stage(config, W, second)])
-    torch.testing.assert_close(embedded(stage, tokens_BT, starts_BT)[0].double(), expected, rtol=0, atol=1e-5)
-    difference_T = (embedded(stage, tokens_BT)[0] - expected).abs().amax(dim=1)
+    torch.testing.assert_close(stage(tokens_BT, starts_BT)[0].double(), expected, rtol=0, atol=1e-5)
+    difference_T = (stage(tokens_BT)[0] - expected).abs().amax(dim=1)
     # Without the reset, token 3 takes another bucket and smears token 2 in; token 4 smears token 3 in.
     assert (difference_T > 1e-2).tolist() == [False, False, False, True, True, False, False]
 
@@ -65,14 +58,14 @@ def test_the_hash_resets_by_itself():
     with torch.no_grad():
         stage.smear.gate.fill_(-1e9)  # no smear
     tokens_BT = torch.tensor([[BOS, 5, BOS, 7]])
-    changed_T = (embedded(stage, tokens_BT) - embedded(stage, tokens_BT, tokens_BT == BOS)).abs().amax(dim=2)[0]
+    changed_T = (stage(tokens_BT) - stage(tokens_BT, tokens_BT == BOS)).abs().amax(dim=2)[0]
     assert (changed_T > 1e-3).tolist() == [False, False, True, False]
 
 
 def test_the_smear_resets_by_itself():
     stage, _ = stage_of(bigram_vocab_size=0)
     tokens_BT = torch.tensor([[BOS, 5, BOS, 7]])
-    changed_T = (embedded(stage, tokens_BT) - embedded(stage, tokens_BT, tokens_BT == BOS)).abs().amax(dim=2)[0]
+    changed_T = (stage(tokens_BT) - stage(tokens_BT, tokens_BT == BOS)).abs().amax(dim=2)[0]
     assert (changed_T > 1e-3).tolist() == [False, False, True, False]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from golfmodel.config import Config, resolve
 from golfmodel.model.gpt import GPT
-from golfmodel.model.layers import cast_matrices, initial_matrix
+from golfmodel.model.layers import initial_matrix
 from golfmodel.model.parameters import Group, Storage, declare, exported_parameters, parameter_specs
 
 SEED = resolve(["--preset", "seed"], {})
@@ -180,7 +180,7 @@ def test_at_the_start_the_blocks_add_nothing_but_the_skips():
     # Zero output projections: the first half hands on x0, each skip adds x0 once, and the final norm hides the sum.
     model = started(num_layers=4)
     tokens_BT = torch.randint(256, (2, 16))
-    x0_BTD = model.input(tokens_BT, *cast_matrices(model.input.sources(), torch.float32))
+    x0_BTD = model.input(tokens_BT)
     expected = torch.nn.functional.rms_norm(3 * x0_BTD, (128,), eps=2.0**-23)
     torch.testing.assert_close(model.hidden(tokens_BT), expected)
 

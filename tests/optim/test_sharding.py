@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from golfmodel.model.gpt import GPT
 from golfmodel.model.parameters import Group, parameter_specs
 from golfmodel.optim.groups import Optimizers
 from golfmodel.optim.muon import Muon
-from golfmodel.optim.sharding import owners
-from golfmodel.runtime.distributed import process_group
+from golfmodel.optim.sharding import buckets, owners
+from golfmodel.runtime.distributed import Ranks, process_group
 from kernels.newton_schulz_plan import multiplications
 
 SHAPES = [(6, 6), (4, 9), (9, 4), (16, 8), (1, 5)]  # the last never has a gradient
@@ -48,6 +49,22 @@ def test_owners_stay_when_matrices_come():
     first = owners([(4, 4), (4, 4)], 2)
     assert owners([(4, 4), (4, 4), (8, 8)], 2, first)[:2] == first
     assert owners([(8, 8), (4, 4), (4, 4)], 2, [0]) == [0, 1, 1]
+
+
+def test_buckets_are_in_the_order_of_backward_and_of_about_one_size():
+    shapes = seed_shapes()
+    several = buckets(shapes)
+    assert [index for bucket in several for index in bucket] == list(reversed(range(49)))
+    sizes = [sum(shapes[index][0] * shapes[index][1] for index in bucket) for bucket in several]
+    assert len(sizes) == 3
+    assert max(sizes) < 1.15 * sum(sizes) / 3
+    # and a bucket's row, which is as long as the longest of all ranks', is not much longer than a rank's share
+    owner = owners(shapes, 8)
+    for bucket, size in zip(several, sizes, strict=True):
+        shares = [sum(shapes[i][0] * shapes[i][1] for i in bucket if owner[i] == rank) for rank in range(8)]
+        assert max(shares) < 1.3 * size / 8
+    assert buckets([(4, 4)]) == [[0]]
+    assert buckets([(1, 1), (8, 8)]) == [[1], [0]]
 
 
 def test_cost_is_that_of_the_short_side():
@@ -92,7 +109,7 @@ def small_config() -> Config:
     )  # fmt: skip
 
 
-def train_model(ranks, parts: list[int]) -> dict[str, Tensor]:
+def train_model(ranks, parts: list[int], *, overlapped: bool = False) -> dict[str, Tensor]:
     """Three clipped steps of everything, on this rank's part of four batches."""
     torch.manual_seed(0)
     model = GPT(small_config())
@@ -102,7 +119,12 @@ def train_model(ranks, parts: list[int]) -> dict[str, Tensor]:
     for step in range(STEPS):
         for part in parts:
             rows = tokens[step, part]
-            (model(rows[:, :-1], rows[:, 1:]) / len(parts)).backward()
+            loss = model(rows[:, :-1], rows[:, 1:]) / len(parts)
+            with optimizers.reducing() if part == parts[-1] and overlapped else nullcontext():
+                loss.backward()
+            # of the matrices, those that are on their way have no gradient left
+            sent = sum(parameter.grad is None for parameter in model.parameters())
+            assert (sent > 0) == (overlapped and part == parts[-1] and ranks is not None)
         optimizers.step()
     assert all(parameter.grad is None for parameter in model.parameters())
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -144,6 +166,7 @@ def run_rank(rank: int, world_size: int, port: int, directory: str) -> None:
             Path(directory, f"single-{rank}.safetensors"),
         )
         save_file(train_model(ranks, parts), Path(directory, f"model-{rank}.safetensors"))
+        save_file(train_model(ranks, parts, overlapped=True), Path(directory, f"overlapped-{rank}.safetensors"))
     os._exit(0)  # as ranks leave: gloo's threads may abort a process while Python shuts down
 
 
@@ -160,7 +183,7 @@ def results(request, tmp_path_factory):
     mp.spawn(run_rank, args=(request.param, free_port(), str(directory)), nprocs=request.param)
     return {
         name: [load_file(directory / f"{name}-{rank}.safetensors") for rank in range(request.param)]
-        for name in ("muon", "restored", "counts", "single", "model")
+        for name in ("muon", "restored", "counts", "single", "model", "overlapped")
     }
 
 
@@ -183,7 +206,7 @@ def test_ranks_together_do_what_one_process_does(results):
 
 
 def test_all_ranks_have_the_same_bits(results):
-    for name in ("muon", "restored", "model"):
+    for name in ("muon", "restored", "model", "overlapped"):
         first, *others = results[name]
         for other in others:
             assert other.keys() == first.keys()
@@ -215,6 +238,47 @@ def test_ranks_without_a_matrix_take_part(results):
         assert torch.allclose(found["momentum.0"], torch.full((2, 3), (world_size + 1) / 2))
         assert torch.equal(found["weight"], results["single"][0]["weight"])
         assert not torch.equal(found["weight"], torch.ones(2, 3))
+
+
+def test_averaging_during_backward_gives_the_same_bits(results):
+    for found, expected in zip(results["overlapped"], results["model"], strict=True):
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_bucket_is_sent_as_soon_as_it_and_those_before_it_are_complete():
+    """On one process that counts as two: what is sent when, while a backward goes through three layers."""
+    events = []
+
+    class Recording(Ranks):
+        def start_mean_of_rows(self, rows_WL: Tensor):
+            events.append("sent")
+            return lambda: rows_WL.mean(dim=0)
+
+        def start_gathering_rows(self, own_L: Tensor):
+            return lambda: torch.stack((own_L, torch.zeros_like(own_L)))
+
+    layers = [nn.Parameter(torch.eye(8)) for _ in range(3)]
+    optimizer = Muon(layers, **OPTIONS, ranks=Recording(rank=0, world_size=2, device=torch.device("cpu")))
+    x = torch.ones(1, 8, requires_grad=True)
+    x.register_hook(lambda _: events.append("input"))
+    y = x
+    for number, layer in enumerate(layers):
+        y = y @ layer.T
+        y.register_hook(lambda _, number=number: events.append(f"output of {number}"))
+    with optimizer.reducing():
+        y.sum().backward()
+    assert events.index("sent") < events.index("output of 0") < len(events) - 1 - events[::-1].index("sent")
+    assert events.count("sent") == 3
+    # without the middle one: the buckets behind it wait until the step, and it has no update
+    optimizer.step()
+    before = [layer.detach().clone() for layer in layers]
+    events.clear()
+    with optimizer.reducing():
+        (x @ layers[0].T @ layers[2].T).sum().backward()
+    assert events.count("sent") == 1
+    optimizer.step()
+    assert events.count("sent") == 3
+    assert torch.equal(layers[1], before[1])
 
 
 def test_a_whole_model_trains_as_in_one_process(results):
