@@ -206,6 +206,27 @@ def test_deterministic_twice_and_stopped_and_resumed_give_the_same_bits(config, 
     assert starting.last_tensors_of(runs["stopped"])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one_and_give_the_same_bits_when_stopped_and_resumed(config):
+    """Collectives and all in a recorded step; over NCCL, averaging while backward goes on."""
+    options = {
+        **dataclasses.asdict(dataclasses.replace(config, iterations=30, data_order="shuffled")),
+        "deterministic": True,
+        "checkpoint_seconds": 0.0,
+        "checkpoint_every": 7,
+        "micro_batch_tokens": 2048,
+    }
+    runs = {name: {**options, "run_id": name} for name in ("one", "stopped", "alone")}
+    for name, ranks, faults in (("one", 2, ""), ("stopped", 2, "term@step:17/1"), ("alone", 1, "")):
+        result = starting.run(runs[name], ranks=ranks, faults=faults)
+        assert result.returncode == 0, result.stderr[-3000:]
+    result = starting.run({**runs["stopped"], "resume": "auto"}, ranks=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    starting.check_same(runs["stopped"], runs["one"])
+    # sums in another order, and two bfloat16 gradients where there was one
+    assert starting.result_of(runs["one"])[0] == pytest.approx(starting.result_of(runs["alone"])[0], rel=5e-3)
+
+
 def test_checkpoints_cost_less_than_a_hundredth_of_the_training(config):
     """One a second, sixty times as many as by default."""
     config = dataclasses.replace(
