@@ -218,19 +218,20 @@ class _SquaredReluMlpFp8(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual_BTD: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return squared_relu_mlp_fp8_forward(x_BTD, up_HD, down_DH, residual_BTD)
-
-    @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.adds = inputs[3] is not None
-        ctx.save_for_backward(*inputs[:3], *output[1:])
+        ctx: torch.autograd.function.FunctionCtx,
+        x_BTD: Tensor,
+        up_HD: Tensor,
+        down_DH: Tensor,
+        residual_BTD: Tensor | None,
+    ) -> Tensor:
+        y_BTD, *kept = squared_relu_mlp_fp8_forward(x_BTD, up_HD, down_DH, residual_BTD)
+        ctx.adds = residual_BTD is not None
+        ctx.save_for_backward(x_BTD, up_HD, down_DH, *kept)
+        return y_BTD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_BTD: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
         gradients = squared_relu_mlp_fp8_backward(grad_BTD, *ctx.saved_tensors)
         return *gradients, grad_BTD if ctx.adds else None
 
@@ -241,7 +242,7 @@ def squared_relu_mlp_fp8(x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, residual
     x and up's rows are scaled to one norm, so that the products are cosines and their squares are below 1 whatever the
     tensors hold: the squares need no scale of their own. up's norms are in down's columns instead.
     """
-    return _SquaredReluMlpFp8.apply(x_BTD, up_HD, down_DH, residual_BTD)[0]
+    return _SquaredReluMlpFp8.apply(x_BTD, up_HD, down_DH, residual_BTD)
 
 
 def linear_cross_entropy(

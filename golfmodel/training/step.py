@@ -72,15 +72,14 @@ class Step:
 
     def _take(self, micro_batches: Iterable[MicroBatch]) -> None:
         forward, backward, optimizers = STAGES
-        self._total.zero_()
         for number, (inputs_BT, targets_BT) in enumerate(micro_batches, start=1):
             liveness.part_done()
             with record_function(forward):
                 loss = self._loss(inputs_BT, targets_BT) / self._micro_batches
+                (self._total.copy_ if number == 1 else self._total.add_)(loss.detach())
             is_last = number == self._micro_batches
             with record_function(backward), self._optimizers.reducing() if is_last else nullcontext():
                 loss.backward()
-            self._total += loss.detach()
             liveness.part_done()
         if faults.reach("gradient"):
             parameters = (parameter for group in self._optimizers.param_groups for parameter in group["params"])
