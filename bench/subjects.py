@@ -2,7 +2,7 @@
 
 Shapes are written as in `kernels.cases`: smear_gate and add_rms_norm B x T x D, bigram_hash B x T x K,
 bigram_hash_embed B x T x K x D, input_stage B x T x V x K x D, qk_norm_rotary B x T x H x G x h, squared_relu_mlp
-and squared_relu_mlp_fp8 B x T x D x H, linear_cross_entropy B x T x D x V, the int6 ops R x C.
+and squared_relu_mlp_fp8 B x T x D x H, linear_cross_entropy B x T x D x V, newton_schulz B x M x N, the int6 ops R x C.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def subjects(*, on_gpu: bool) -> list[Subject]:
 
 
 _MATRICES = ((1536, 512), (4096, 4096), (36864, 512))
+_SIDES, _BATCHES = (64, 128, 256, 512, 1024, 2048), (1, 8, 64)
 _GPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
     "smear_gate": ((1, 2048, 512), (8, 2048, 512), (48, 2048, 512)),
     "bigram_hash": ((8, 2048, 2048), (48, 2048, 2048)),
@@ -77,6 +78,7 @@ _GPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
     "squared_relu_mlp": ((8, 2048, 512, 1536), (48, 2048, 512, 1536)),
     "squared_relu_mlp_fp8": ((8, 2048, 512, 1536), (48, 2048, 512, 1536)),
     "linear_cross_entropy": ((8, 2048, 512, 1024), (48, 2048, 512, 1024)),
+    "newton_schulz": tuple((batch, side, side) for side in _SIDES for batch in _BATCHES),
     "quantize_int6": _MATRICES,
     "dequantize_int6": _MATRICES,
     "fake_quantize_int6 to bfloat16": _MATRICES,
@@ -94,10 +96,11 @@ _CPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
     "squared_relu_mlp": ((8, 256, 128, 384),),
     "squared_relu_mlp_fp8": ((8, 256, 128, 384),),
     "linear_cross_entropy": ((8, 256, 128, 1024),),
+    "newton_schulz": ((4, 64, 64),),
     **{name: ((384, 128),) for name in _GPU_SHAPES if "int6" in name},
 }
 # What the model computes in: 16-bit activations, float32 weights. The others say what goes in.
-_DTYPES = {name: torch.float32 if "int6" in name else torch.bfloat16 for name in _GPU_SHAPES}
+_DTYPES = {name: torch.float32 if "int6" in name or name == "newton_schulz" else torch.bfloat16 for name in _GPU_SHAPES}
 _DTYPE_LABELS = {
     "bigram_hash": "int64",
     "dequantize_int6": "int8-to-float32",
@@ -105,7 +108,7 @@ _DTYPE_LABELS = {
     "pack_int6": "int8",
     "unpack_int6": "uint8",
 }
-# For each product of a shape's numbers, where matrix products are what takes the time. The ceiling is bfloat16's rate,
+# Where matrix products are what takes the time, for each product of a shape's numbers. The ceiling is bfloat16's rate,
 # which products in float8 may pass.
 _FLOPS = {"squared_relu_mlp": 4.0, "squared_relu_mlp_fp8": 4.0, "linear_cross_entropy": 2.0}
 # Where two cases of an op are measured at one shape.
@@ -135,7 +138,7 @@ def _of_case(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Subject:
         # the gradient of a fake quantization is the one it was given
         differentiable=() if case.op == "fake_quantize_int6" else case.differentiable,
         alike=("y_BTD",) if name == "add_rms_norm" else (),
-        flops=_FLOPS.get(case.op, 0.0) * math.prod(shape),
+        flops=_flops(case.op, shape),
     )
 
 
@@ -230,6 +233,12 @@ def _of_the_model_casts(model: GPT, shape: str) -> Subject:
         differentiable=case.differentiable,
         unread=sum(4.0 * math.prod(each) for each, scaled in parts if not scaled),
     )
+
+
+def _flops(op: str, shape: tuple[int, ...]) -> float:
+    if op == "newton_schulz":
+        return shape[0] * newton_schulz_flops(*shape[1:])
+    return _FLOPS.get(op, 0.0) * math.prod(shape)
 
 
 def newton_schulz_flops(rows: int, columns: int, steps: int = 5) -> float:

@@ -175,8 +175,8 @@ def _weights(draw: Draw, r: int, c: int, *, scaled: bool) -> dict[str, Any]:
     return {"matrices": matrices, "dtype": draw.dtype, "scales": scales, "joined": [2, 1, 1]}
 
 
-def _matrix(draw: Draw, m: int, n: int) -> dict[str, Any]:
-    return {"matrices": draw.normal(m, n, size=0.02)}
+def _matrix(draw: Draw, *shape: int) -> dict[str, Any]:
+    return {"matrices": draw.normal(*shape, size=0.02)}
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -158,7 +158,7 @@ def test_the_casts_of_the_model_are_held_to_the_error_rule(interpreted, monkeypa
 
 
 def test_newton_schulz_is_held_to_the_error_rule():
-    subject = next(s for s in subjects(on_gpu=False) if s.op == "newton_schulz")
+    subject = next(s for s in subjects(on_gpu=False) if s.op == "newton_schulz" and "model" in s.shape)
     assert comparison.equivalence(subject, CPU) == "passed"
     comparison._verdicts.clear()
     scaled = dataclasses.replace(
