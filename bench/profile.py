@@ -26,7 +26,7 @@ from bench import ceilings
 from bench.kernel_work import inductor_bytes, inductor_counts_bytes, watched_launches
 from bench.step import TrainingStep
 from bench.step_trace import CATEGORIES, OUTSIDE, analyse
-from bench.table import duration
+from bench.table import duration, environment, table
 from golfmodel.config import Config, resolve
 from golfmodel.runtime.distributed import runs_on_gpu
 from golfmodel.runtime.errors import ConfigError, StorageError, front_door
@@ -136,8 +136,7 @@ def render(content: Mapping[str, Any]) -> str:
     found, config = content["versions"], content["config"]
     thing = "kernel" if content["device"] == "cuda" else "op"
     described = (
-        f"{found['gpu'] or 'CPU'}, driver {found['driver'] or 'none'}, torch {found['torch']}, triton "
-        f"{found['triton'] or 'none'}, commit {(found['commit'] or 'none')[:12]}; {config['num_layers']} blocks of "
+        f"{environment(found)}; {config['num_layers']} blocks of "
         f"width {config['model_dim']}, {content['tokens_per_step']:,} tokens of {config['train_seq_len']:,} a row; "
         f"GOLF_KERNELS={content['kernels']}."
     )
@@ -168,7 +167,7 @@ def _stage_table(content: Mapping[str, Any]) -> str:
         return [name, *(_microseconds(cell) for cell in cells), _microseconds(sum(cells)), _percent(sum(cells) / total)]
 
     header = ["us", *categories, "all", "share"]
-    return _table(header, [*(line(stage, [stage]) for stage in stages), line("all", stages)])
+    return table(header, [*(line(stage, [stage]) for stage in stages), line("all", stages)])
 
 
 def _kernel_table(content: Mapping[str, Any], thing: str) -> str:
@@ -191,11 +190,7 @@ def _kernel_table(content: Mapping[str, Any], thing: str) -> str:
         seconds, share = (sum(row[key] for row in small) for key in ("seconds", "share"))
         calls = f"{sum(row['calls'] for row in small):.4g}"
         lines.append(["", "", f"{len(small)} more", calls, _microseconds(seconds), _percent(share), "-", "-"])
-    return _table(["stage", "kind", thing, "calls", "us", "share", "bytes", "of ceiling"], lines)
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
+    return table(["stage", "kind", thing, "calls", "us", "share", "bytes", "of ceiling"], lines)
 
 
 def _microseconds(seconds: float) -> str:

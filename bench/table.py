@@ -1,4 +1,4 @@
-"""Rows of results as a Markdown table."""
+"""Markdown: tables, of results above all, and what they were measured with in a line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ from typing import Any
 HEADER = ("what", "part", "by", "median", "p20 to p80", "rate", "of ceiling", "host", "peak memory", "faster than")
 
 
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
+
+
+def environment(found: Mapping[str, Any]) -> str:
+    """What `golfmodel.runtime.versions.versions` gives, in a line."""
+    return (
+        f"{found['gpu'] or 'CPU'}, driver {found['driver'] or 'none'}, torch {found['torch']}, triton "
+        f"{found['triton'] or 'none'}, commit {(found['commit'] or 'none')[:12]}"
+    )
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a row; `rows` are what `Row.info` gives, with their `median` in seconds."""
-    lines = [HEADER, tuple("---" for _ in HEADER), *(_cells(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return table(HEADER, [_cells(row) for row in rows])
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
