@@ -42,11 +42,12 @@ class _Fault:
     action: str
     point: str
     number: int | None  # None: every time
+    is_here: bool  # whether it is this rank's
     seen: int = 0
 
 
 def planned(environment: Mapping[str, str]) -> list[_Fault]:
-    """The faults of `GOLF_FAULTS` that are this process's.
+    """The faults of `GOLF_FAULTS`, other ranks' too.
 
     Raises:
         ConfigError: one is not written as this module says.
@@ -57,8 +58,8 @@ def planned(environment: Mapping[str, str]) -> list[_Fault]:
         if match is None or match["action"] not in ACTIONS:
             raise ConfigError(f"GOLF_FAULTS has {text!r}: must be ACTION@POINT[:N][/RANK], ACTION {', '.join(ACTIONS)}")
         number = match["number"] or "1"
-        if match["rank"] in (None, environment.get("RANK", "0")):
-            faults.append(_Fault(match["action"], match["point"], None if number == "*" else int(number)))
+        is_here = match["rank"] in (None, environment.get("RANK", "0"))
+        faults.append(_Fault(match["action"], match["point"], None if number == "*" else int(number), is_here))
     return [] if environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else faults
 
 
@@ -66,7 +67,7 @@ _PLAN = planned(os.environ) if "GOLF_FAULTS" in os.environ else []
 
 
 def are_planned(point: str) -> bool:
-    """Whether anything is to happen at `point`."""
+    """Whether anything is to happen at `point`, on whatever rank: all of them get the same answer."""
     return any(fnmatch.fnmatchcase(point, fault.point) for fault in _PLAN)
 
 
@@ -81,7 +82,7 @@ def reach(point: str) -> bool:
     """
     poisoned = False
     for fault in _PLAN:
-        if fnmatch.fnmatchcase(point, fault.point):
+        if fault.is_here and fnmatch.fnmatchcase(point, fault.point):
             fault.seen += 1
             if fault.number in (None, fault.seen):
                 poisoned |= fault.action == "nan"

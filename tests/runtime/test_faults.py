@@ -63,6 +63,14 @@ def test_faults_are_of_one_rank_and_of_the_first_try(plan):
     assert not faults.reach("gradient")
 
 
+def test_all_ranks_know_what_is_planned_on_any(plan):
+    for rank in ("0", "1"):
+        plan("nan@grad*/1,kill@step/0", RANK=rank)
+        assert [faults.are_planned(point) for point in ("gradient", "step", "read")] == [True, True, False]
+    plan("nan@gradient/1", RANK="0", TORCHELASTIC_RESTART_COUNT="1")
+    assert not faults.are_planned("gradient")
+
+
 @pytest.mark.parametrize("text", ["kill", "kill@", "explode@step", "kill@step:x", "kill@step:1/x"])
 def test_what_is_no_fault_is_refused(plan, text):
     with pytest.raises(ConfigError, match="GOLF_FAULTS has"):
