@@ -16,7 +16,7 @@ from golfmodel.model.attention import Rotary, document_mask
 from golfmodel.model.block import Block, BlockWeights
 from golfmodel.model.embedding import InputStage
 from golfmodel.model.layers import Matrix, Source, cast_matrices, declare_channels, rms_norm
-from golfmodel.model.parameters import BACKWARD_PARTS, Group, Storage
+from golfmodel.model.parameters import Group, Storage, backward_parts, parameter_specs
 from kernels import dispatch, linear_cross_entropy
 
 
@@ -56,10 +56,11 @@ class GPT(nn.Module):
             Matrix(config.model_dim, config.vocab_size, storage=Storage.NONE, gain=0.0)
             for _ in range(config.mtp_num_heads)
         )
+        self._parts = self._parts_of_blocks()
 
     @property
     def gains_from_compiling(self) -> bool:
-        """Whether `torch.compile` leaves it faster on a GPU: without the kernels, or for attention within documents."""
+        """Whether `torch.compile` has much to win on a GPU: without the kernels, or for attention within documents."""
         return dispatch.chosen() == "reference" or self.config.document_boundaries
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -112,17 +113,24 @@ class GPT(nn.Module):
         return rms_norm(x_BTD)
 
     def _weights_from(self, first: int) -> list[BlockWeights]:
-        """Of the blocks from `first` on, as many as make one of `BACKWARD_PARTS`; cast together, when they are wanted.
+        """The weights of block `first` and of those after it in the same part of backward, in one cast.
 
-        Then backward, which goes the other way, has their gradients as soon as it is past them. Parts are counted from
-        the last block and rounded up, so that none waits for a block of the next.
+        It is made when block `first` comes up, so backward is done with it before it goes on to the blocks before.
         """
-        total = len(self.blocks)
-        part_of = [(total - 1 - index) * BACKWARD_PARTS // total for index in range(total)]
-        blocks = [block for block, part in zip(self.blocks, part_of, strict=True) if part == part_of[first]]
+        blocks = [block for block, part in zip(self.blocks, self._parts, strict=True) if part == self._parts[first]]
         sources = [source for block in blocks for source in block.sources()]
         weights = iter(cast_matrices(sources, self.input.token.weight.dtype))
         return [BlockWeights(*islice(weights, len(BlockWeights._fields))) for _ in blocks]
+
+    def _parts_of_blocks(self) -> list[int]:
+        """Each block's part of backward: that of its matrices, or where they are in two, the one that is sent first."""
+        specs = parameter_specs(self)
+        matrices = [(name, p) for name, p in self.named_parameters() if specs[name].group is Group.MATRIX]
+        parts = backward_parts([parameter.numel() for _, parameter in matrices])
+        return [
+            min(part for (name, _), part in zip(matrices, parts, strict=True) if name.startswith(f"blocks.{index}."))
+            for index in range(len(self.blocks))
+        ]
 
     def _head(self) -> Tensor:
         """The weight `[V, D]` of the logits; tied, the token table itself."""

@@ -6,13 +6,12 @@ A module declares its parameters with `declare`; everyone else asks `parameter_s
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-# Backward has the matrices' gradients in this many parts of about equal size, those of the last blocks first: what
-# ranks send each other of one travels while the next is computed.
 BACKWARD_PARTS = 3
 
 
@@ -48,6 +47,20 @@ def declare(module: nn.Module, name: str, value: Tensor, storage: Storage, group
     module.register_parameter(name, nn.Parameter(value))
     specs = module.__dict__.setdefault("_parameter_specs", {})
     specs[name] = ParameterSpec(storage, group)
+
+
+def backward_parts(sizes: Sequence[int]) -> list[int]:
+    """Matrices, by their sizes in the model's order, shared out to parts of about equal size: 0 is the last ones'.
+
+    Backward comes to the last matrices first. What ranks send each other of one part travels while it computes the
+    next: the optimizer sends by these parts, and the model has the gradients of one before it begins with the next.
+    """
+    total, before = sum(sizes), 0
+    parts = []
+    for size in reversed(sizes):
+        parts.append(min(before * BACKWARD_PARTS // max(total, 1), BACKWARD_PARTS - 1))
+        before += size
+    return parts[::-1]
 
 
 def parameter_specs(model: nn.Module) -> dict[str, ParameterSpec]:

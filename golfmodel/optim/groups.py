@@ -82,7 +82,7 @@ class Optimizers:
         self._momentum.fill_(momentum)
 
     def reducing(self) -> AbstractContextManager[None]:
-        """For the backward before a step: the matrices' gradients begin to be averaged over the ranks as it goes on."""
+        """For the last backward before a step: as `Muon.reducing`."""
         return self.muon.reducing()
 
     def step(self) -> None:
@@ -127,7 +127,7 @@ class Optimizers:
         return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what `state_tensors` gave, on any number of ranks; for all ranks together."""
+        """Takes what `state_tensors` gave, on any number of ranks; each takes its own of it."""
         self.reset()
         kept = {self.muon: (self.muon.own_parameters(), _MUON_ENTRIES), self.adam: (self._others, _ADAM_ENTRIES)}
         for optimizer, (parameters, entries) in kept.items():

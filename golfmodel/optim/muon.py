@@ -26,9 +26,16 @@ class _Reducing:
         self._missing = [len(indices) for indices in shards.buckets]
         self._means: list[Callable[[], dict[int, Tensor]]] = []  # of each bucket that is sent
         self.sent: list[int] = []  # parameters
+        self.is_open = True  # while a backward goes on whose gradients are the step's
 
     def has_gradient(self, parameter: Tensor) -> None:
-        """Sends the buckets that are complete with it, if all before them are sent."""
+        """Sends the buckets that are complete with it, if all before them are sent.
+
+        Raises:
+            RuntimeError: the backward that was to be the last before the step is over.
+        """
+        if not self.is_open:
+            raise RuntimeError("a gradient comes after the others are on their way: `step` follows `reducing`")
         self._missing[self._bucket_of[parameter]] -= 1
         while len(self._means) < len(self._missing) and self._missing[len(self._means)] == 0:
             self._send()
@@ -67,13 +74,13 @@ class Muon(Optimizer):
     names for some options. A step never waits for the device.
 
     Over several ranks each matrix has an owner, which alone averages its gradient, keeps its momentum and computes its
-    update; updates travel in bfloat16, in which they come out of `newton_schulz`. `step`, `state_dict` and
+    update; updates travel in bfloat16, in which they come out of `newton_schulz`. `step`, `state_dict`, `reducing` and
     `start_reducing` are then for all ranks together, and a gradient that is None on one rank has to be None on all. A
     state dict is always whole: it loads into any number of ranks.
 
     Args:
         params: 2-D parameters, or groups of them; the same on every rank.
-        lr: learning rate; a number, or a tensor `[]` that may change without a captured graph's notice.
+        lr: learning rate; a number, or a tensor `[]`, which a captured graph reads anew at each replay.
         weight_decay: decoupled.
         momentum: of the running gradient, in [0, 1); a number or a tensor, as `lr`.
         nesterov: whether the update looks one step ahead.
@@ -135,13 +142,21 @@ class Muon(Optimizer):
 
     @contextmanager
     def reducing(self) -> Iterator[None]:
-        """For the backward after which a step follows: what is averaged over the ranks travels while it goes on.
+        """For the last backward before a step: gradients begin to be averaged over the ranks while it goes on.
 
-        Parts of the gradients are sent as soon as all of a part are there, the last parameters' first.
+        Parts of them are sent as soon as a part is complete, the last parameters' first.
         """
-        if self._shards is not None:
-            self._reducing = _Reducing(self._parameters(), self._shards)
-        yield
+        if self._shards is None:
+            yield
+            return
+        reducing = self._reducing = _Reducing(self._parameters(), self._shards)
+        try:
+            yield
+        except BaseException:
+            self._reducing = None
+            raise
+        finally:
+            reducing.is_open = False
 
     def _has_gradient(self, parameter: Tensor) -> None:
         if self._reducing is not None:

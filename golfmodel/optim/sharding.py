@@ -10,31 +10,24 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from golfmodel.model.parameters import BACKWARD_PARTS
+from golfmodel.model.parameters import backward_parts
 from golfmodel.runtime.distributed import Ranks
 from kernels.newton_schulz_plan import multiplications
 
 ALIGNMENT = 8  # numbers: every matrix begins at a multiple of 16 bytes, in bfloat16 too
 
 
-def buckets(shapes: Sequence[tuple[int, int]], count: int = BACKWARD_PARTS) -> list[list[int]]:
-    """The matrices from the last to the first, as backward has their gradients, cut into parts of about equal size."""
-    total = sum(rows * columns for rows, columns in shapes)
-    several: list[list[int]] = [[]]
-    sent = 0
-    for index in reversed(range(len(shapes))):
-        if several[-1] and sent * count >= total * len(several):
-            several.append([])
-        several[-1].append(index)
-        sent += shapes[index][0] * shapes[index][1]
-    return several
+def buckets(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """The matrices of each part of backward, in the order in which the parts are sent."""
+    parts = backward_parts([rows * columns for rows, columns in shapes])
+    return [[index for index, each in enumerate(parts) if each == part] for part in sorted(set(parts))]
 
 
 def owners(shapes: Sequence[tuple[int, int]], world_size: int, settled: Sequence[int] = ()) -> list[int]:
-    """Which rank works on which matrix: in every bucket the most expensive first, each to the rank with least so far.
+    """Which rank works on which matrix: bucket by bucket the most expensive first, each to the rank with least so far.
 
-    So ranks have about as much in each bucket too. Depends on the arguments alone, so every rank comes to the same.
-    The first ones stay with their `settled` owners.
+    Bucket by bucket, because a bucket that is spread unevenly is sent with gaps. Depends on the arguments alone, so
+    every rank comes to the same. The first ones stay with their `settled` owners.
     """
     load = [0] * world_size
     owner = [*settled, *[0] * (len(shapes) - len(settled))]

@@ -214,6 +214,14 @@ def test_qat_scores_the_weights_as_they_are():
     assert not torch.equal(model.train().logits(tokens_BT), plain.logits(tokens_BT))
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_compiler_is_for_what_has_no_kernel(monkeypatch, kernels, documents):
+    monkeypatch.setenv("GOLF_KERNELS", kernels)
+    model = random_model(small_config(document_boundaries=documents))
+    assert model.gains_from_compiling == (documents or kernels == "reference")
+
+
 FP8 = {"mlp_fp8": True, "compute_dtype": "bfloat16"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from contextlib import nullcontext
@@ -54,10 +55,10 @@ def test_owners_stay_when_matrices_come():
 def test_buckets_are_in_the_order_of_backward_and_of_about_one_size():
     shapes = seed_shapes()
     several = buckets(shapes)
-    assert [index for bucket in several for index in bucket] == list(reversed(range(49)))
+    assert [index for bucket in several for index in reversed(bucket)] == list(reversed(range(49)))
     sizes = [sum(shapes[index][0] * shapes[index][1] for index in bucket) for bucket in several]
     assert len(sizes) == 3
-    assert max(sizes) < 1.15 * sum(sizes) / 3
+    assert max(sizes) < 1.15 * sum(sizes) / 3  # a third, and the matrix that the cut is in
     # and a bucket's row, which is as long as the longest of all ranks', is not much longer than a rank's share
     owner = owners(shapes, 8)
     for bucket, size in zip(several, sizes, strict=True):
@@ -247,18 +248,9 @@ def test_averaging_during_backward_gives_the_same_bits(results):
 
 def test_a_bucket_is_sent_as_soon_as_it_and_those_before_it_are_complete():
     """On one process that counts as two: what is sent when, while a backward goes through three layers."""
-    events = []
-
-    class Recording(Ranks):
-        def start_mean_of_rows(self, rows_WL: Tensor):
-            events.append("sent")
-            return lambda: rows_WL.mean(dim=0)
-
-        def start_gathering_rows(self, own_L: Tensor):
-            return lambda: torch.stack((own_L, torch.zeros_like(own_L)))
-
+    events: list[str] = []
     layers = [nn.Parameter(torch.eye(8)) for _ in range(3)]
-    optimizer = Muon(layers, **OPTIONS, ranks=Recording(rank=0, world_size=2, device=torch.device("cpu")))
+    optimizer = sharded(layers, events)
     x = torch.ones(1, 8, requires_grad=True)
     x.register_hook(lambda _: events.append("input"))
     y = x
@@ -279,6 +271,70 @@ def test_a_bucket_is_sent_as_soon_as_it_and_those_before_it_are_complete():
     optimizer.step()
     assert events.count("sent") == 3
     assert torch.equal(layers[1], before[1])
+
+
+def sharded(parameters: list[nn.Parameter], events: list[str]) -> Muon:
+    """On one process that counts as the first of two; `events` hears of what is sent."""
+
+    class Recording(Ranks):
+        def start_mean_of_rows(self, rows_WL: Tensor):
+            events.append("sent")
+            return lambda: rows_WL.mean(dim=0)
+
+        def start_gathering_rows(self, own_L: Tensor):
+            return lambda: torch.stack((own_L, torch.zeros_like(own_L)))
+
+    return Muon(parameters, **OPTIONS, ranks=Recording(rank=0, world_size=2, device=torch.device("cpu")))
+
+
+def test_after_an_error_in_backward_nothing_is_on_its_way():
+    events: list[str] = []
+    layers = [nn.Parameter(torch.eye(8)) for _ in range(3)]
+    optimizer = sharded(layers, events)
+    with pytest.raises(ZeroDivisionError), optimizer.reducing():
+        raise ZeroDivisionError
+    torch.ones(1, 8).mm(layers[2]).sum().backward()
+    assert events == []
+    optimizer.step()
+    assert events == ["sent"] * 3
+
+
+def test_a_gradient_that_comes_too_late_is_an_error():
+    layers = [nn.Parameter(torch.eye(8)) for _ in range(3)]
+    optimizer = sharded(layers, [])
+    with optimizer.reducing():
+        torch.ones(1, 8).mm(layers[2]).sum().backward()
+    with pytest.raises(RuntimeError, match="`step` follows `reducing`"):
+        torch.ones(1, 8).mm(layers[1]).sum().backward()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 6, 8, 9, 12])
+@pytest.mark.parametrize("bigrams", [0, 64])
+def test_no_part_of_a_model_waits_for_blocks_of_the_next(layers, bigrams):
+    """Between two blocks of backward: what is sent by then, and whose gradients it was."""
+    config = dataclasses.replace(small_config(), num_layers=layers, bigram_vocab_size=bigrams)
+    torch.manual_seed(0)
+    model = GPT(config)
+    specs = parameter_specs(model)
+    matrices = {name: p for name, p in model.named_parameters() if specs[name].group is Group.MATRIX}
+    names = list(matrices)
+    several = buckets([tuple(p.shape) for p in matrices.values()])
+    first_blocks = []  # of each bucket: the first block that its sending must not wait for
+    for bucket in several:
+        blocks = [int(names[index].split(".")[1]) for index in bucket if names[index].startswith("blocks.")]
+        first_blocks.append(min(blocks, default=0))
+    events: list[str] = []
+    optimizer = sharded(list(matrices.values()), events)
+    for index, block in enumerate(model.blocks):
+        block.register_full_backward_hook(lambda *_, index=index: events.append(f"block {index}"))
+    tokens = torch.randint(0, 16, (2, 17))
+    with optimizer.reducing():
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert events.count("sent") == len(several)
+    sent = [number for number, event in enumerate(events) if event == "sent"]
+    for place, first in zip(sent, first_blocks, strict=True):
+        # the hook of a block may come just before the casts' gradients of its own part, never two blocks before
+        assert f"block {first - 2}" not in events[:place]
 
 
 def test_a_whole_model_trains_as_in_one_process(results):
