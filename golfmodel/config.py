@@ -114,7 +114,7 @@ class Config:
     iterations: int = option(20000, SCHEDULE, "steps at most", low=1, high=10**9)
     max_wallclock_seconds: float = option(600.0, SCHEDULE, "training seconds at most; 0: no limit", low=0, high=1e9)
     warmdown_iters: int = option(1200, SCHEDULE, "steps of the linear fall to zero", low=0, high=10**9)
-    warmup_steps: int = option(20, SCHEDULE, "throw-away steps that prime the compiler", low=0, high=10**6)
+    warmup_steps: int = option(20, SCHEDULE, "throw-away steps: compile, and from 3 record", low=0, high=10**6)
     swa_enabled: bool = option(True, SCHEDULE, "average weights over the second half of the warmdown")
     swa_every: int = option(200, SCHEDULE, "steps between two copies", low=1, high=10**9)
 

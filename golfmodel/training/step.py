@@ -28,6 +28,8 @@ class Step:
 
     A graph goes on reading and writing the memory that it was recorded with. So weights, optimizer state and schedule
     may be changed between steps, but only in place; and every step has the same number of micro-batches of one shape.
+    What Python decided while it was recorded stays: the model's mode, `GOLF_KERNELS`, which parameters are trained.
+    The memory that a step takes is the graph's for as long as there is one, and nobody else's between steps.
 
     Args:
         loss: the training loss of (inputs, targets).
@@ -55,8 +57,17 @@ class Step:
         self._inputs: list[MicroBatch] = []
         self._total = torch.zeros((), device=device)
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the next step is a replay."""
+        return self._graph is not None
+
     def __call__(self, micro_batches: Iterable[MicroBatch]) -> Tensor:
-        """One optimizer step; returns this rank's mean loss, on the device, where the next step writes its own."""
+        """One optimizer step; returns this rank's mean loss, on the device, where the next step writes its own.
+
+        Raises:
+            ValueError: a micro-batch is not of the shape that the recorded step takes.
+        """
         if self._graph is None and (not self._records or self._unrecorded > 0):
             self._unrecorded -= 1
             self._take(micro_batches)
@@ -64,11 +75,18 @@ class Step:
         given = list(micro_batches)
         if self._graph is None:
             self._record(given)
-        for mine, (inputs_BT, targets_BT) in zip(self._inputs, given, strict=True):
-            torch._foreach_copy_(mine, (inputs_BT, targets_BT))
+        for mine, theirs in zip(self._inputs, given, strict=True):
+            if theirs[0].shape != mine[0].shape or theirs[1].shape != mine[1].shape:
+                shapes = [list(tensor.shape) for tensor in theirs]
+                raise ValueError(f"a micro-batch of shapes {shapes}: the recorded step takes {list(mine[0].shape)}")
+            torch._foreach_copy_(mine, theirs)
         self._graph.replay()
         liveness.part_done()
         return self._total
+
+    def forget(self) -> None:
+        """Gives the graph's memory back; the next step records anew."""
+        self._graph, self._inputs = None, []
 
     def _take(self, micro_batches: Iterable[MicroBatch]) -> None:
         forward, backward, optimizers = STAGES
@@ -89,9 +107,9 @@ class Step:
 
     def _record(self, given: list[MicroBatch]) -> None:
         """Records what `_take` does on copies of these micro-batches; runs none of it."""
-        self._inputs = [(inputs_BT.clone(), targets_BT.clone()) for inputs_BT, targets_BT in given]
-        torch.cuda.empty_cache()  # the graph has memory of its own, as much as the steps so far
-        self._graph = torch.cuda.CUDAGraph()
+        inputs = [(inputs_BT.clone(), targets_BT.clone()) for inputs_BT, targets_BT in given]
+        graph = torch.cuda.CUDAGraph()
         # Meanwhile kernels upload tables, and other threads pin memory and ask NCCL how far it is.
-        with torch.cuda.graph(self._graph, capture_error_mode="relaxed"):
-            self._take(self._inputs)
+        with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+            self._take(inputs)
+        self._graph, self._inputs = graph, inputs

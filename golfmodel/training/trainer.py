@@ -25,7 +25,7 @@ from golfmodel.training.checkpoint import Checkpoint
 from golfmodel.training.checkpointing import Checkpoints
 from golfmodel.training.clock import TrainingClock
 from golfmodel.training.snapshot import Training
-from golfmodel.training.step import Step
+from golfmodel.training.step import UNRECORDED_STEPS, Step
 
 SWA_BELOW_LR_SCALE = 0.5
 NEVER = 2**62
@@ -95,9 +95,13 @@ class Trainer:
         self._first_step, self._ended = 0, False
 
     def warm_up(self) -> None:
-        """Takes `WARMUP_STEPS` steps, which compile and record what later ones run, then puts everything back."""
+        """Takes `WARMUP_STEPS` steps, then puts everything back.
+
+        They compile what later ones run, and as `Step` says the third is recorded.
+        """
         if self.config.warmup_steps == 0:
             return
+        self.model.train()
         liveness.enter("warm-up")
         weights = [p.detach().clone() for p in self.model.parameters()]
         position = self._batches.state_dict()
@@ -135,9 +139,10 @@ class Trainer:
         """
         step = self._first_step
         if not self._ended:
-            liveness.enter("training", slow=self.config.warmup_steps == 0)
+            liveness.enter("training", slow=self.config.warmup_steps <= UNRECORDED_STEPS)
             with self._stop.at_step_ends() if self._stop is not None else nullcontext():
                 step = self._steps()
+                self._step.forget()
                 self._check_finite()
                 self._ended = True
                 if self._checkpoints is not None and self._checkpoints.wanted:

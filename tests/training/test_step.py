@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ import torch
 from golfmodel.config import Config
 from golfmodel.model.gpt import GPT
 from golfmodel.optim.groups import Optimizers
-from golfmodel.training.step import UNRECORDED_STEPS, Step
+from golfmodel.runtime import faults
+from golfmodel.runtime.compiling import compiled
+from golfmodel.runtime.determinism import determinism
+from golfmodel.training.step import STAGES, UNRECORDED_STEPS, Step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 STEPS = UNRECORDED_STEPS + 4
@@ -34,14 +39,20 @@ def built(config: Config, device: torch.device) -> tuple[GPT, Optimizers]:
     return model, Optimizers(model, config)
 
 
-def train(config: Config, device: torch.device, steps: range, *, records: bool, count: int = 2, work=None):
-    """Losses and weights of steps with a schedule that changes; `work` is a model and optimizers that go on."""
-    model, optimizers = work or built(config, device)
-    step = Step(model, optimizers, count, device, records=records)
+def set_schedule(optimizers: Optimizers, number: int) -> None:
+    optimizers.set_schedule(lr_scale=1 / (1 + number), momentum=0.85 + 0.01 * number)
+
+
+def train(config: Config, device: torch.device, steps: range, *, records: bool, count: int = 2):
+    """Losses and weights of steps with a schedule that changes."""
+    model, optimizers = built(config, device)
+    loss = compiled(model, config.compile, device, gains=model.gains_from_compiling)
+    step = Step(loss, optimizers, count, device, records=records)
     losses = []
     for number in steps:
-        optimizers.set_schedule(lr_scale=1 / (1 + number), momentum=0.85 + 0.01 * number)
+        set_schedule(optimizers, number)
         losses.append(float(step(iter(micro_batches(config, number, count, device)))))
+    assert step.is_recorded == (records and device.type == "cuda" and len(steps) > UNRECORDED_STEPS)
     return losses, [parameter.detach().clone() for parameter in model.parameters()]
 
 
@@ -49,7 +60,7 @@ def test_a_step_is_the_mean_of_its_micro_batches_then_the_optimizers(config):
     losses, weights = train(config, CPU, range(2), records=True)
     model, optimizers = built(config, CPU)
     for number in range(2):
-        optimizers.set_schedule(lr_scale=1 / (1 + number), momentum=0.85 + 0.01 * number)
+        set_schedule(optimizers, number)
         parts = [model(*each) / 2 for each in micro_batches(config, number, 2, CPU)]
         for part in parts:
             part.backward()
@@ -75,27 +86,41 @@ def test_micro_batches_are_read_one_by_one_where_nothing_is_recorded(config):
     assert seen == ["read", "loss", "read", "loss"]
 
 
+def test_a_fault_in_the_gradients_is_of_a_step(config, monkeypatch):
+    monkeypatch.setattr(faults, "_PLAN", faults.planned({"GOLF_FAULTS": "nan@gradient:2"}))
+    losses, weights = train(config, CPU, range(3), records=True)
+    assert [math.isnan(loss) for loss in losses] == [False, False, True]
+    assert any(bool(weight.isnan().any()) for weight in weights)
+
+
 @pytest.fixture
-def on_gpu(config) -> Config:
+def on_gpu(config) -> Iterator[Config]:
     sizes = {"num_layers": 3, "model_dim": 256, "num_heads": 4, "train_seq_len": 256, "eval_seq_len": 256}
-    return dataclasses.replace(config, compute_dtype="bfloat16", deterministic=True, **sizes)
+    with determinism(True):
+        yield dataclasses.replace(config, compute_dtype="bfloat16", **sizes)
+    torch.compiler.reset()
 
 
-OPTIONS = [{}, {"qat_enabled": True, "mtp_num_heads": 1, "tie_embeddings": False}, {"mlp_fp8": True}]
+EVERY_OPTION = {"qat_enabled": True, "mtp_num_heads": 1, "tie_embeddings": False}
+OPTIONS = {
+    "as it comes": {},
+    "every option": EVERY_OPTION,
+    "FP8": {"mlp_fp8": True},
+    "compiled": {"compile": "on"},
+    "documents": {"document_boundaries": True, **EVERY_OPTION},  # compiled by itself
+}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", OPTIONS, ids=["as it comes", "every option", "FP8"])
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("options", "implementation"),
+    [*((name, "auto") for name in OPTIONS), ("as it comes", "reference")],
+)
 def test_a_recorded_step_is_the_same_step(on_gpu, options, implementation, monkeypatch):
     monkeypatch.setenv("GOLF_KERNELS", implementation)
-    config = dataclasses.replace(on_gpu, **options)
-    torch.use_deterministic_algorithms(True)
-    try:
-        expected = train(config, GPU, range(STEPS), records=False)
-        found = train(config, GPU, range(STEPS), records=True)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    config = dataclasses.replace(on_gpu, **OPTIONS[options])
+    expected = train(config, GPU, range(STEPS), records=False)
+    found = train(config, GPU, range(STEPS), records=True)
     assert found[0] == expected[0]
     assert all(map(torch.equal, found[1], expected[1]))
 
@@ -104,11 +129,12 @@ def test_a_recorded_step_is_the_same_step(on_gpu, options, implementation, monke
 def test_a_recorded_step_goes_on_from_what_is_put_in_place(on_gpu):
     """As after warm-up and on resuming: weights and state change between replays, and the graph takes them up."""
     expected = train(on_gpu, GPU, range(STEPS), records=False)
-    work = model, optimizers = built(on_gpu, GPU)
+    model, optimizers = built(on_gpu, GPU)
     start = [parameter.detach().clone() for parameter in model.parameters()]
     step = Step(model, optimizers, 2, GPU)
     for number in range(STEPS):  # throw-away
         step(micro_batches(on_gpu, 100 + number, 2, GPU))
+    assert step.is_recorded
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), start)
     optimizers.reset()
@@ -116,18 +142,20 @@ def test_a_recorded_step_goes_on_from_what_is_put_in_place(on_gpu):
     def go_on(steps: range) -> list[float]:
         losses = []
         for number in steps:
-            optimizers.set_schedule(lr_scale=1 / (1 + number), momentum=0.85 + 0.01 * number)
+            set_schedule(optimizers, number)
             losses.append(float(step(micro_batches(on_gpu, number, 2, GPU))))
         return losses
 
     losses = go_on(range(3))
     saved = {name: tensor.clone() for name, tensor in optimizers.state_tensors().items()}
-    weights = [parameter.detach().clone() for parameter in work[0].parameters()]
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
     go_on(range(50, 52))  # elsewhere
     optimizers.load_state_tensors(saved)
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), weights)
-    losses += go_on(range(3, STEPS))
+    losses += go_on(range(3, 4))
+    step.forget()  # and recorded anew
+    losses += go_on(range(4, STEPS))
     assert losses == expected[0]
     assert all(map(torch.equal, model.parameters(), expected[1]))
 
@@ -141,12 +169,27 @@ def test_a_recorded_step_is_one_launch_and_never_waits(on_gpu):
         step(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        optimizers.set_schedule(lr_scale=0.5, momentum=0.9)
+        set_schedule(optimizers, 1)
         step(batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         step(batches)
-    names = {event.key for event in profiler.key_averages()}
-    assert "forward" not in names
+        torch.cuda.synchronize()
+    calls = {event.key: event.count for event in profiler.key_averages()}
+    assert calls["cudaGraphLaunch"] == 1
+    assert sum(count for name, count in calls.items() if "LaunchKernel" in name) <= 2  # the copies of the inputs
+    assert not calls.keys() & set(STAGES)
     assert bool(torch.isfinite(step(batches)))
+
+
+@pytest.mark.gpu
+def test_a_micro_batch_of_another_shape_is_refused(on_gpu):
+    model, optimizers = built(on_gpu, GPU)
+    step = Step(model, optimizers, 1, GPU)
+    [(inputs_BT, targets_BT)] = micro_batches(on_gpu, 0, 1, GPU)
+    for _ in range(UNRECORDED_STEPS + 1):
+        step([(inputs_BT, targets_BT)])
+    with pytest.raises(ValueError, match=r"shapes \[\[1, 256\], \[1, 256\]\]: the recorded step takes \[4, 256\]"):
+        step([(inputs_BT[:1], targets_BT[:1])])
