@@ -51,8 +51,10 @@ def profile(config: Config, device: torch.device, kernels: str) -> tuple[dict[st
             step(index)
     with watched_launches() as launches:
         step(0)
-    seconds = _wall_seconds(step, device)
     trace = _trace(step, device)
+    as_trained = TrainingStep(config, device, kernels=kernels)
+    as_trained.settle()
+    seconds = _wall_seconds(as_trained, device)
     machine = ceilings.measure(device)
     found = analyse(json.loads(trace)["traceEvents"], machine, launches, inductor_bytes())
     content = {
@@ -142,7 +144,8 @@ def render(content: Mapping[str, Any]) -> str:
     )
     rate = content["ceilings"]
     times = (
-        f"A step takes {duration(content['step_seconds'])}. Profiled, the {thing}s of one take "
+        f"A step takes {duration(content['step_seconds'])}, as training takes it: on a GPU as one CUDA graph. Profiled "
+        f"kernel by kernel, the {thing}s of one take "
         f"{duration(content['kernel_seconds'])} together; between the first and the last lie "
         f"{duration(content['span_seconds'])}, of which nothing runs for {duration(content['idle_seconds'])}. "
         f"Ceilings: copy {rate['bytes_per_second'] / 1e12:.2f} TB/s, matmul "

@@ -199,7 +199,8 @@ def _of_the_model(preset: str, shape: str) -> list[Subject]:
 
 def _of_the_model_casts(model: GPT, shape: str) -> Subject:
     """`cast_weights` of every matrix that a step of the model casts, in one call."""
-    sources = [source for module in (*model.blocks, model.input.bigram) for source in module.sources()]
+    bigram = () if model.input.bigram is None else (model.input.bigram,)
+    sources = [source for module in (*model.blocks, *bigram) for source in module.sources()]
     parts = [(tuple(each.weight.shape), source.scale_O is not None) for source in sources for each in source.matrices]
 
     def inputs(draw: DrawOfCase) -> dict[str, Any]:

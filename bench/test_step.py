@@ -1,4 +1,8 @@
-"""The training step: whole, without its optimizers, and these alone; and how it grows with the tokens of a step."""
+"""The training step: whole, without its optimizers, and these alone; and how it grows with the tokens of a step.
+
+On a GPU the whole step is a replay of its CUDA graph, as in training. Its parts are launched kernel by kernel, which
+costs the host more, and the device the gaps between dependent kernels.
+"""
 
 from __future__ import annotations
 

@@ -185,7 +185,11 @@ def test_the_time_limit_holds_though_the_host_runs_ahead(config):
     "changes", [{}, {"document_boundaries": True, "qat_enabled": True, "mtp_num_heads": 1}, {"mlp_fp8": True}]
 )
 def test_deterministic_twice_and_stopped_and_resumed_give_the_same_bits(config, changes):
-    """Weights of the last checkpoint and the artifact, compiled, in bfloat16; each run in a process of its own."""
+    """Weights of the last checkpoint and the artifact, in bfloat16; each run in a process of its own.
+
+    With validation and averaging between steps. One records its step among the throw-away ones, and then resumes or
+    begins anew in the same memory; another records the third that counts.
+    """
     options = {
         **dataclasses.asdict(config),
         **changes,
@@ -194,7 +198,8 @@ def test_deterministic_twice_and_stopped_and_resumed_give_the_same_bits(config, 
         "checkpoint_seconds": 0.0,
         "checkpoint_every": 7,
     }
-    runs = {name: {**options, "run_id": name} for name in ("one", "another", "stopped")}
+    warmup = {"one": 4, "another": 0, "stopped": 4}
+    runs = {name: {**options, "run_id": name, "warmup_steps": steps} for name, steps in warmup.items()}
     for name, faults in (("one", ""), ("another", ""), ("stopped", "term@step:17")):
         result = starting.run(runs[name], faults=faults)
         assert result.returncode == 0, result.stderr[-3000:]
@@ -208,21 +213,25 @@ def test_deterministic_twice_and_stopped_and_resumed_give_the_same_bits(config, 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_as_one_and_give_the_same_bits_when_stopped_and_resumed(config):
-    """Collectives and all in a recorded step; over NCCL, averaging while backward goes on."""
+    """Over NCCL, averaging while backward goes on: in a recorded step as in one that is not, for a fault is planned."""
     options = {
         **dataclasses.asdict(dataclasses.replace(config, iterations=30, data_order="shuffled")),
         "deterministic": True,
         "checkpoint_seconds": 0.0,
         "checkpoint_every": 7,
         "micro_batch_tokens": 2048,
+        "num_layers": 6,
+        "warmup_steps": 4,
     }
-    runs = {name: {**options, "run_id": name} for name in ("one", "stopped", "alone")}
-    for name, ranks, faults in (("one", 2, ""), ("stopped", 2, "term@step:17/1"), ("alone", 1, "")):
-        result = starting.run(runs[name], ranks=ranks, faults=faults)
+    faults = {"one": "", "unrecorded": "nan@gradient:1000/1", "stopped": "term@step:17/1", "alone": ""}
+    runs = {name: {**options, "run_id": name} for name in faults}
+    for name, planned in faults.items():
+        result = starting.run(runs[name], ranks=1 if name == "alone" else 2, faults=planned)
         assert result.returncode == 0, result.stderr[-3000:]
     result = starting.run({**runs["stopped"], "resume": "auto"}, ranks=2)
     assert result.returncode == 0, result.stderr[-3000:]
     starting.check_same(runs["stopped"], runs["one"])
+    starting.check_same(runs["unrecorded"], runs["one"])
     # sums in another order, and two bfloat16 gradients where there was one
     assert starting.result_of(runs["one"])[0] == pytest.approx(starting.result_of(runs["alone"])[0], rel=5e-3)
 

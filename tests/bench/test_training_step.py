@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -46,6 +47,19 @@ def test_a_step_trains_and_frees_its_gradients(config):
     assert all(parameter.grad is None for parameter in step.model.parameters())
     assert any(not torch.equal(old, new) for old, new in zip(before, step.model.parameters(), strict=True))
     assert step.state_bytes > sum(parameter.nbytes for parameter in step.model.parameters())
+
+
+def test_settling_takes_steps_and_on_a_cpu_counts_no_bytes(config):
+    step = TrainingStep(config, CPU, kernels="reference")
+    weights = [parameter.detach().clone() for parameter in step.model.parameters()]
+    assert step.settle() == 0
+    assert not all(map(torch.equal, weights, step.model.parameters()))
+
+
+@pytest.mark.gpu
+def test_a_settled_step_needs_more_than_its_state(config):
+    step = TrainingStep(dataclasses.replace(config, device="cuda"), torch.device("cuda"))
+    assert step.settle() > step.state_bytes
 
 
 def test_parts_leave_out_what_they_say(config):

@@ -89,6 +89,18 @@ def test_a_list(name):
     check(lambda: by_name(LISTS[name](matrices)), matrices, drawn(2))
 
 
+def test_more_tables_than_there_are_streams():
+    """Tables are uploaded beside the captured stream, which is one of the 32 that PyTorch hands out in turn."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    tensors = [torch.randn(8 * (size + 1), generator=generator, device="cuda") for size in range(40)]
+    others = [torch.randn_like(tensor) for tensor in tensors]
+    check(
+        lambda: {str(count): square_sums(tensors[: count + 1]) for count in range(len(tensors))},
+        tensors,
+        others,
+    )
+
+
 def test_the_steps_of_muon():
     """In place: every call begins with what is put there."""
     weights, buffers, gradients = drawn(1), drawn(2), drawn(3)
