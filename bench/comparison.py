@@ -102,18 +102,15 @@ def compare(
 
     A speed-up is given only where the op's equivalence check passed in this process.
     """
-    first = subject.draw(device, 0)
-    size = sum(tensor.nbytes for tensor in tensors_of(first))
-    sets = rotations(2 * size)
-    inputs = [first, *(subject.draw(device, seed) for seed in range(1, sets))]
-
+    inputs = _inputs(subject, device)
+    sets = len(inputs)
     functions = {TRITON: subject.function, COMPILE: subject.definition, EAGER: subject.definition}
     wanted = providers(subject, device)
     if COMPILE in wanted:
         # one code object keeps few compiled forms, and past those silently runs eager
         torch.compiler.reset()
         functions[COMPILE] = torch.compile(subject.definition, fullgraph=True, dynamic=False)
-    prepare = _forward if direction == "forward" else _backward
+    prepare = _PREPARED[direction]
     timed, moved = {}, 0.0
     for name in wanted:
         if name != COPY:
@@ -144,6 +141,19 @@ def compare(
     return rows
 
 
+def prepared(subject: Subject, direction: str, device: torch.device) -> tuple[Timed, int]:
+    """The public op as a function to time, and how many sets of inputs it takes in turn."""
+    inputs = _inputs(subject, device)
+    return _PREPARED[direction](subject, subject.function, inputs)[0], len(inputs)
+
+
+def _inputs(subject: Subject, device: torch.device) -> list[dict[str, Any]]:
+    """As many that the cache does not hold them from one turn to the next."""
+    first = subject.draw(device, 0)
+    sets = rotations(2 * sum(tensor.nbytes for tensor in tensors_of(first)))
+    return [first, *(subject.draw(device, seed) for seed in range(1, sets))]
+
+
 def _forward(subject: Subject, function: Callable[..., Any], inputs: list[dict[str, Any]]) -> tuple[Timed, float]:
     outputs = function(**inputs[0])
     moved = sum(tensor.nbytes for tensor in tensors_of([inputs[0], outputs]))
@@ -171,6 +181,9 @@ def _backward(subject: Subject, function: Callable[..., Any], inputs: list[dict[
     gradients_counted = [inputs[0][name] for name in subject.differentiable if name not in subject.alike]
     moved = sum(tensor.nbytes for tensor in tensors_of([inputs_counted, gradients_counted, ready[0][2]]))
     return gradients, moved - subject.unread
+
+
+_PREPARED = {"forward": _forward, "backward": _backward}
 
 
 def _copy(moved: int, sets: int, device: torch.device) -> Timed:

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from bench import tune
+from bench.subjects import subjects
+from bench.timing import Times
+from kernels import smear_gate, tuning
+from kernels.cases import CASES
+from kernels.tuning import WHOLE_ROW, Product, Shape
+
+CPU = torch.device("cpu")
+LINE = Product(128, 256, 64, 8, 4, 1, flatten=True)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tuning, "MEASURED", {key: dict(lines) for key, lines in tuning.MEASURED.items()})
+    tuning.tile.cache_clear()
+    yield
+    tuning.tile.cache_clear()
+
+
+@pytest.mark.parametrize("line", [LINE, Shape(1024, 512, 256), Shape(1024, WHOLE_ROW, 1)])
+def test_others_differ_in_one_field(line):
+    for field in line._fields:
+        for other in tune.others_of(line, field):
+            assert [name for name in line._fields if getattr(line, name) != getattr(other, name)] == [field]
+
+
+def test_which_others_there_are():
+    assert tune.others_of(LINE, "flatten") == [LINE._replace(flatten=False)]
+    assert tune.others_of(LINE, "rows") == [LINE._replace(rows=64), LINE._replace(rows=256)]
+    whole = Shape(1024, WHOLE_ROW, 1)
+    assert tune.others_of(whole, "elements") == [whole._replace(elements=512), whole._replace(elements=2048)]
+    assert tune.others_of(whole, "per_warp") == [whole._replace(per_warp=2)]
+    assert tune.others_of(whole, "max_columns") == []
+
+
+def test_the_way_down_ends_at_the_fastest_of_its_neighbours():
+    best = Product(64, 128, 128, 4, 2, 2, flatten=False)
+
+    def cost(line: Product) -> float:
+        return 1.0 + sum(a != b for a, b in zip(line, best, strict=True))
+
+    found, moves = tune.descend(LINE, lambda ours, theirs: (cost(ours), cost(theirs)))
+    assert found == best
+    product = 1.0
+    for move in moves:
+        product *= move
+    assert product == pytest.approx(cost(best) / cost(LINE))
+
+
+def test_what_is_no_faster_than_noise_or_does_not_run_is_left():
+    assert tune.descend(LINE, lambda *_: (1.0, 0.995)) == (LINE, [])
+    assert tune.descend(LINE, lambda *_: (1.0, float("inf"))) == (LINE, [])
+
+
+def test_the_kernels_of_a_call_are_those_it_looks_up(interpreted):
+    x, gate = torch.randn(2, 3, 8, requires_grad=True), torch.zeros(8)
+    before = tuning.MEASURED[9, 0]
+    assert tune.kernels_of(lambda: smear_gate(x, gate)) == {"smear_gate_fwd": before["smear_gate_fwd"]}
+    backward = tune.kernels_of(lambda: smear_gate(x, gate).sum().backward())
+    assert set(backward) == {"smear_gate_fwd", "smear_gate_bwd", "column_sums"}
+    assert tuning.MEASURED[9, 0] is before
+
+
+def test_a_line_that_is_put_is_what_the_next_call_uses(interpreted):
+    wide = Shape(4096, 8, 512)
+    tune.put("smear_gate_fwd", wide)
+    assert tuning.tile("smear_gate_fwd", 8, -1) == tuning.Tile(512, 8, 8)
+    x, gate = torch.randn(2, 3, 8), torch.zeros(8)
+    assert tune.kernels_of(lambda: smear_gate(x, gate)) == {"smear_gate_fwd": wide}
+
+
+def test_every_kernel_of_an_op_gets_a_row(interpreted, monkeypatch):
+    cost = {512: 1.0, 1024: 0.5}
+    monkeypatch.setattr(tune, "_seconds", lambda _f, _s, _k, lines, _d: [cost.get(x.per_warp, 2.0) for x in lines])
+    [subject] = [each for each in subjects(on_gpu=False) if each.op == "smear_gate"]
+    case = next(case for case in CASES if case.name == "smear_gate")
+    draw = functools.partial(case.draw, (1, 2, 8), torch.float32)
+    subject = dataclasses.replace(subject, draw=draw)
+    monkeypatch.setattr(tune, "interleaved", lambda functions, **_: {name: Times((1e-3,), 0, 0) for name in functions})
+    rows = tune.tune(subject, ["smear_gate_fwd"], CPU)
+    assert [row[:2] for row in rows] == [["forward", "smear_gate_fwd"], ["forward", "all"], ["backward", "all"]]
+    assert rows[1][2:] == ["", "", "1 ms"]
+    assert rows[0][3:] == ["`Shape(elements=2048, max_columns=1024, per_warp=1024, max_rows=4096)`", "50.0%"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["nothing"], "OP is 'nothing': must be one of add_rms_norm"), (["smear_gate"], "needs a GPU")],
+)
+def test_what_cannot_be_tuned_is_said(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main(arguments) == 2
+    assert said in capsys.readouterr().err
