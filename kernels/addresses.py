@@ -8,7 +8,7 @@ be "relaxed": `torch.cuda.graph(graph, capture_error_mode="relaxed")`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ class KeptTables:
         keep_for_graph(device, tables)
         return tables
 
-    def on(self, device: torch.device, rows: Sequence[tuple[int, ...]]) -> Tensor:
+    def on(self, device: torch.device, rows: Iterable[tuple[int, ...]]) -> Tensor:
         """The rows as int64 `[len(rows), fields]` on the device, without waiting for it."""
         rows = tuple(rows)
         return self.get(device, rows, lambda: table_on(device, rows, torch.int64))

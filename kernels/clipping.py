@@ -12,11 +12,11 @@ from torch import Tensor
 
 from kernels import dispatch, reference
 from kernels.addresses import KeptTables, kept_tables, table_on, typed_pointer
-from kernels.launch import cdiv, launch, tl, triton
+from kernels.launch import all_aligned, cdiv, launch, tl, triton
 from kernels.registration import is_traced
 
 CHUNK = 8192  # elements whose squares one program adds up
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def clip_factors(sums: Tensor, largest: float) -> Tensor:
 
 def _runs(tensors: Sequence[Tensor]) -> bool:
     """Whether the kernel takes these: contiguous and aligned."""
-    return all(tensor.dtype in DTYPES and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    return DTYPES.issuperset([tensor.dtype for tensor in tensors]) and all_aligned(tensors)
 
 
 @kept_tables
@@ -91,20 +91,20 @@ _tables = KeptTables()
 @dispatch.register_triton("square_sums")
 def _square_sums(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device
-    by_dtype: dict[torch.dtype, list[tuple[int, int]]] = {}
-    firsts: dict[torch.dtype, Tensor] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append((tensor.data_ptr(), tensor.numel()))
-        firsts.setdefault(tensor.dtype, tensor)
-    chunks = {dtype: _chunks(tuple([size for _, size in rows]), device) for dtype, rows in by_dtype.items()}
-    sums = torch.empty(sum(map(len, chunks.values())), dtype=torch.float64, device=device)
+    dtypes = [tensor.dtype for tensor in tensors]
+    calls = []
+    for dtype in dict.fromkeys(dtypes):
+        own = [tensor for tensor, its_dtype in zip(tensors, dtypes, strict=True) if its_dtype is dtype]
+        sizes = tuple(map(Tensor.numel, own))
+        table = _tables.on(device, zip(map(Tensor.data_ptr, own), sizes, strict=True))
+        calls.append((own[0], _chunks(sizes, device), table))
+    sums = torch.empty(sum([len(chunks) for _, chunks, _ in calls]), dtype=torch.float64, device=device)
     begin = 0
-    for dtype, rows in by_dtype.items():
-        first, own = firsts[dtype], chunks[dtype]
-        part = sums[begin : begin + len(own)]
-        begin += len(own)
-        tensors_of_call = (first, own, _tables.on(device, rows), part)
-        launch(square_sums_kernel, (len(own),), tensors_of_call, (), (16 // first.itemsize, CHUNK), num_warps=8)
+    for first, chunks, table in calls:
+        part = sums[begin : begin + len(chunks)]
+        begin += len(chunks)
+        constants = (16 // first.itemsize, CHUNK)
+        launch(square_sums_kernel, (len(chunks),), (first, chunks, table, part), (), constants, num_warps=8)
     return sums
 
 

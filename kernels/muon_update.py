@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import dispatch, reference
 from kernels.addresses import KeptTables, kept_tables, table_on, typed_pointer
-from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
+from kernels.launch import all_aligned, cdiv, launch, number_of, tensor_and_number, tl, triton
 from kernels.newton_schulz_tiles import Momentum, orthogonalize
 from kernels.reference import Triple, coefficients_per_step
 from kernels.registration import is_traced
@@ -106,11 +106,12 @@ def _runs(factor: float | Tensor, *lists: Sequence[Tensor]) -> bool:
         return False
     if isinstance(factor, Tensor) and factor.device != first.device:
         return False
-    return all(
-        tensor.dtype == first.dtype and tensor.numel() and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
-        for tensors in lists
-        for tensor in tensors
-    )
+    for tensors in lists:
+        if {first.dtype}.union([tensor.dtype for tensor in tensors]) != {first.dtype}:
+            return False
+        if not all(map(Tensor.numel, tensors)) or not all_aligned(tensors):
+            return False
+    return True
 
 
 @dispatch.register_triton("momentum_newton_schulz_")
@@ -155,10 +156,10 @@ def _muon_update_(
     weight_decay: float,
 ) -> None:
     torch.autograd.graph.increment_version(list(weights))  # so that a graph that kept them notices
-    sizes = tuple([weight.numel() for weight in weights])
+    sizes = tuple(map(Tensor.numel, weights))
     device = weights[0].device
     chunks = _chunks(sizes, device)
-    rows = [(w.data_ptr(), u.data_ptr(), size) for w, u, size in zip(weights, updates, sizes, strict=True)]
+    rows = zip(map(Tensor.data_ptr, weights), map(Tensor.data_ptr, updates), sizes, strict=True)
     tensor, number = tensor_and_number(lr)
     given = (weights[0], updates[0], tensor)
     launch(

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.addresses import kept_tables, table_on
+from kernels.addresses import KeptTables, kept_tables, table_on
 from kernels.launch import cdiv
 from kernels.reference import NAMED_COEFFICIENTS, Triple
 
@@ -205,13 +205,15 @@ def _tiles(place: Place, stage: Stage, *, last: bool) -> Iterator[tuple[tuple[in
 class Plan(NamedTuple):
     """What depends on shapes and coefficients alone: where everything lies, and in which order it is worked on."""
 
-    rows: list[list[int]]  # of `p_matrices`
+    rows: list[list[int]]  # of `p_matrices`, but for the addresses
+    tables: KeptTables  # of those with addresses
     parts: Tensor  # for `start_kernel`
     items: Tensor  # for `newton_schulz_kernel`
     factors: Tensor  # for the same
     adds: bool  # whether any beta is not 0
     counters: int  # that it counts with
     starts: list[int]  # where the results of each batch begin
+    strides: list[tuple[int, ...]]  # of the same
     columns: int  # a divisor of every N
     alignment: int  # a divisor of where every result begins
     workspace: int  # tiles
@@ -220,16 +222,17 @@ class Plan(NamedTuple):
 
 
 @kept_tables
-def plan_of(shapes: tuple[tuple[int, int, int], ...], coefficients: tuple[Triple, ...], device: torch.device) -> Plan:
-    """For batches of so many matrices [M, N], and a triple for each iteration."""
-    rows, parts, places, stages, starts = [], [], [], [], []
+def plan_of(shapes: tuple[tuple[int, ...], ...], coefficients: tuple[Triple, ...], device: torch.device) -> Plan:
+    """For contiguous tensors [M, N] or [batch, M, N], and a triple for each iteration."""
+    rows, parts, places, stages, starts, strides = [], [], [], [], [], []
     workspace = results = 0
     start_rows = START_ROWS[device.type]
-    for batch, M, N in shapes:
+    for *batch, M, N in shapes:
+        strides.append((*[M * N for _ in batch], N, 1))
         results = cdiv(results, ALIGNMENT) * ALIGNMENT
         starts.append(results)
         own = stages_of(coefficients, segments_of(place_of(M, N, 0), coefficients))
-        for _ in range(batch):
+        for _ in range(math.prod(batch)):
             matrix = len(rows)
             place = place_of(M, N, workspace)
             count = place.rows * place.columns * (TILE // start_rows)
@@ -245,12 +248,14 @@ def plan_of(shapes: tuple[tuple[int, int, int], ...], coefficients: tuple[Triple
     factors = factors_of(stages)
     return Plan(
         rows,
+        KeptTables(),
         *(table_on(device, table, torch.int32) for table in tables),
         factors=table_on(device, factors, torch.float32),
         adds=any(beta for _, beta, _, _ in factors),
         counters=1 + sum(map(len, stages)),
         starts=starts,
-        columns=math.gcd(*[N for _, _, N in shapes]),
+        strides=strides,
+        columns=math.gcd(*[N for *_, N in shapes]),
         alignment=math.gcd(ALIGNMENT, *[row[5] for row in rows]),
         workspace=workspace,
         results=results,

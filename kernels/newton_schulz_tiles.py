@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.addresses import KeptTables, typed_pointer
+from kernels.addresses import table_on, typed_pointer
 from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
 from kernels.newton_schulz_plan import ALIGNMENT, TILE, Plan, plan_of
 from kernels.reference import Triple
@@ -265,27 +265,26 @@ def newton_schulz_kernel(
         item = tl.atomic_add(p_done, 1, sem="relaxed")
 
 
-_tables = KeptTables()
-
-
 def _table(plan: Plan, batches: Sequence[Tensor], buffers: Sequence[Tensor]) -> Tensor:
     """The plan's rows with these addresses, on the device."""
-    addresses = _addresses(batches)
-    momenta = _addresses(buffers) or [0] * len(addresses)
-    rows = zip(addresses, plan.rows, momenta, strict=True)
-    return _tables.on(batches[0].device, [(address, *row[1:6], momentum) for address, row, momentum in rows])
+    device, addresses, momenta = batches[0].device, _addresses(batches), _addresses(buffers)
+
+    def make() -> Tensor:
+        rows = zip(addresses, plan.rows, momenta or [0] * len(addresses), strict=True)
+        return table_on(device, [(address, *row[1:6], momentum) for address, row, momentum in rows], torch.int64)
+
+    return plan.tables.get(device, (*addresses, *momenta), make)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     """Of every matrix."""
+    firsts = list(map(Tensor.data_ptr, tensors))
+    if all([dim == 2 for dim in map(Tensor.dim, tensors)]):
+        return firsts
     addresses = []
-    for tensor in tensors:
-        first = tensor.data_ptr()
-        if tensor.dim() == 2:
-            addresses.append(first)
-        else:
-            size = tensor.size(1) * tensor.size(2) * tensor.itemsize
-            addresses += [first + number * size for number in range(len(tensor))]
+    for first, tensor in zip(firsts, tensors, strict=True):
+        size = tensor[0].nbytes if tensor.dim() == 3 else 0
+        addresses += [first + number * size for number in range(len(tensor) if size else 1)]
     return addresses
 
 
@@ -313,7 +312,7 @@ def orthogonalize(
     is g + factor * buffer with `nesterov`, else the buffer. The results share one allocation.
     """
     device = batches[0].device
-    shapes = tuple([(1, *x.shape) if x.dim() == 2 else tuple(x.shape) for x in batches])
+    shapes = tuple([x.shape for x in batches])
     plan = plan_of(shapes, coefficients, device)
     buffers, factor, nesterov, clip = momentum or Momentum((), 0.0, False)
     table = _table(plan, batches, buffers)
@@ -350,6 +349,5 @@ def orthogonalize(
         (items,),
         (plan.adds, math.gcd(ALIGNMENT, plan.columns), plan.alignment, TILE, DEPTH),
     )
-    storage = out.untyped_storage()
-    starts = zip(batches, plan.starts, strict=True)
-    return [out.new_empty(0).set_(storage, start, batch.shape, batch.stride()) for batch, start in starts]
+    pieces = zip(shapes, plan.strides, plan.starts, strict=True)
+    return [out.as_strided(shape, strides, start) for shape, strides, start in pieces]

@@ -10,21 +10,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # anything else stands in for a tensor without data, or wraps one
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))  # any other tensor stands in for one without data, or wraps one
 
 
 def is_traced(arguments: Iterable[Any]) -> bool:
     """Whether something records the ops on these arguments, so that they need a registered op."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
-    return any([_stands_in(argument) for argument in arguments])
+    return any([_stands_in(argument) for argument in arguments if type(argument) not in _PLAIN])
 
 
 def _stands_in(argument: Any) -> bool:
-    if type(argument) in _PLAIN:  # most are, so this is asked first
-        return False
     if isinstance(argument, (list, tuple)):
-        return any([_stands_in(entry) for entry in argument])
+        # a list of tensors is asked for its types at once: that takes the host least
+        return not _PLAIN.issuperset(map(type, argument)) and is_traced(argument)
     return isinstance(argument, Tensor)
 
 
