@@ -6,23 +6,23 @@ the definitions show: `--beside GOLF_KERNELS=reference --beside GOLF_KERNELS=ref
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from bench.run_options import RunParser
 from bench.step import kernels_chosen
 from bench.table import environment, table
 from golfmodel.config import Config, resolve
 from golfmodel.pipeline import build_model, open_loader
 from golfmodel.runtime.compiling import compiled
-from golfmodel.runtime.distributed import process_group, runs_on_gpu
+from golfmodel.runtime.distributed import process_group
 from golfmodel.runtime.errors import ConfigError, front_door
 from golfmodel.runtime.files import write_json
 from golfmodel.runtime.runlog import RunLog, read_events
@@ -102,16 +102,13 @@ def render(content: Mapping[str, Any]) -> str:
 @front_door
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains each way, prints the table and writes the file; returns the exit status."""
-    options, rest = _parser().parse_known_args(arguments)
+    options, of_the_run = _parser().split(arguments)
     if options.steps < 1:
         raise ConfigError(f"--steps is {options.steps}: must be at least 1")
-    on_gpu = runs_on_gpu(os.environ.get("DEVICE", Config.device))
-    preset = options.preset or os.environ.get("PRESET") or ("quick" if on_gpu else "demo")
-    by_steps = ["--iterations", str(options.steps), "--max-wallclock-seconds", "0", "--train-log-every", "1"]
-    arguments = ["--preset", preset, *rest, *by_steps]
-    ways = {OURS: _way(arguments, {})}
+    of_the_run += ["--iterations", str(options.steps), "--max-wallclock-seconds", "0", "--train-log-every", "1"]
+    ways = {OURS: _way(of_the_run, {})}
     for text in options.beside or [f"{KERNELS}=reference"]:
-        ways[text] = _way(arguments, _assignments(text))
+        ways[text] = _way(of_the_run, _assignments(text))
     content = compare(ways)
     write_json(options.output / "losses.json", content)
     print(render(content))
@@ -119,13 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _way(arguments: Sequence[str], settings: Mapping[str, str]) -> tuple[Config, str]:
+def _way(of_the_run: Sequence[str], settings: Mapping[str, str]) -> tuple[Config, str]:
     """The config, and what `GOLF_KERNELS` is."""
     flags = [f"--{name.lower().replace('_', '-')}={value}" for name, value in settings.items() if name != KERNELS]
     kernels = settings.get(KERNELS, dispatch.chosen())
     if kernels not in dispatch.CHOICES:
         raise ConfigError(f"--beside has {KERNELS}={kernels}: must be one of {', '.join(dispatch.CHOICES)}")
-    return resolve([*arguments, *flags], os.environ, program="python -m bench.losses"), kernels
+    return resolve([*of_the_run, *flags], os.environ, program="python -m bench.losses"), kernels
 
 
 def _assignments(text: str) -> dict[str, str]:
@@ -135,20 +132,12 @@ def _assignments(text: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m bench.losses",
-        usage="python -m bench.losses [--preset NAME] [--steps N] [--beside NAME=VALUE]... [--option VALUE ...]",
-        description="The same training steps by other ways of computing them: how far the losses come apart.",
-        epilog="Takes every option of a run as well: train.py --help lists them.",
-        allow_abbrev=False,
+def _parser() -> RunParser:
+    parser = RunParser(
+        "python -m bench.losses",
+        "[--steps N] [--beside NAME=VALUE]... [--output DIR]",
+        "The same training steps by other ways of computing them: how far the losses come apart.",
     )
-    parser.add_argument("--preset", help="a complete config to start from (default: quick on a GPU, demo on a CPU)")
     parser.add_argument("--steps", type=int, default=200, help="training steps of each (default: 200)")
     parser.add_argument(
         "--beside",

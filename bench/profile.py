@@ -6,7 +6,6 @@ the host down: idle time that the step's wall time has no room for is the profil
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gzip
 import json
@@ -17,13 +16,14 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, schedule
 
 from bench import ceilings
 from bench.kernel_work import inductor_bytes, inductor_counts_bytes, watched_launches
+from bench.run_options import RunParser
 from bench.step import TrainingStep
 from bench.step_trace import CATEGORIES, OUTSIDE, analyse
 from bench.table import duration, environment, table
@@ -207,14 +207,12 @@ def _percent(share: float) -> str:
 @front_door
 def main(arguments: Sequence[str] | None = None) -> int:
     """Profiles a step, prints the tables and writes the files; returns the exit status."""
-    options, rest = _parser().parse_known_args(arguments)
+    options, of_the_run = _parser().split(arguments)
     if options.kernels not in CHOICES:
         raise ConfigError(f"--kernels is {options.kernels!r}: must be one of {', '.join(CHOICES)}")
-    wanted = options.device or os.environ.get("DEVICE", Config.device)
-    on_gpu = runs_on_gpu(wanted)
-    preset = options.preset or os.environ.get("PRESET") or ("quick" if on_gpu else "demo")
-    config = resolve(["--preset", preset, "--device", wanted, *rest], os.environ, program="python -m bench.profile")
+    config = resolve(of_the_run, os.environ, program="python -m bench.profile")
     _check_writable(options.output)
+    on_gpu = runs_on_gpu(config.device)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     content, trace = profile(config, device, options.kernels)
     write_json(options.output / "profile.json", content)
@@ -224,21 +222,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m bench.profile",
-        usage="python -m bench.profile [--preset NAME] [--kernels CHOICE] [--output DIR] [--option VALUE ...]",
-        description="One training step, kernel by kernel: a table, profile.json and a Chrome trace.",
-        epilog="Takes every option of a run as well: train.py --help lists them.",
-        allow_abbrev=False,
+def _parser() -> RunParser:
+    parser = RunParser(
+        "python -m bench.profile",
+        "[--kernels CHOICE] [--output DIR]",
+        "One training step, kernel by kernel: a table, profile.json and a Chrome trace.",
     )
-    parser.add_argument("--preset", help="a complete config to start from (default: quick on a GPU, demo on a CPU)")
-    parser.add_argument("--device", help="where to run: auto, cpu or cuda (default: auto)")
     parser.add_argument("--kernels", default="auto", help=f"GOLF_KERNELS: {' or '.join(CHOICES)} (default: auto)")
     parser.add_argument("--output", type=Path, default=Path("runs/profile"), help="directory (default: runs/profile)")
     return parser
