@@ -52,7 +52,7 @@ def outcome(function, tensors, upstream=None):
     return testing.results(CASE, function, arguments, upstream)
 
 
-@pytest.mark.parametrize("shape", [(2, 64, 128, 256), (1, 40, 512, 1024), (3, 70, 40, 136)])
+@pytest.mark.parametrize("shape", [(2, 64, 128, 256), (1, 40, 256, 512), (3, 70, 40, 136)])
 def test_error_against_the_exact_op(shape, device):
     tensors = make(shape, torch.bfloat16, device)
     ours = outcome(kernels.squared_relu_mlp_fp8, tensors)
