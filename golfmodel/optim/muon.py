@@ -10,57 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from golfmodel.optim.sharding import Shards
+from golfmodel.optim.sharding import Reducing, Shards
 from golfmodel.runtime.distributed import Ranks
 from kernels.muon_update import momentum_newton_schulz_, muon_update_
-
-
-class _Reducing:
-    """The averaging of one step's gradients over the ranks, bucket after bucket in the same order on all of them."""
-
-    def __init__(self, parameters: Sequence[Tensor], shards: Shards) -> None:
-        self._parameters, self._shards = parameters, shards
-        self._bucket_of = {
-            parameters[index]: bucket for bucket, indices in enumerate(shards.buckets) for index in indices
-        }
-        self._missing = [len(indices) for indices in shards.buckets]
-        self._means: list[Callable[[], dict[int, Tensor]]] = []  # of each bucket that is sent
-        self.sent: list[int] = []  # parameters
-        self.is_open = True  # while a backward goes on whose gradients are the step's
-
-    def has_gradient(self, parameter: Tensor) -> None:
-        """Sends the buckets that are complete with it, if all before them are sent.
-
-        Raises:
-            RuntimeError: the backward that was to be the last before the step is over.
-        """
-        if not self.is_open:
-            raise RuntimeError("a gradient comes after the others are on their way: `step` follows `reducing`")
-        self._missing[self._bucket_of[parameter]] -= 1
-        while len(self._means) < len(self._missing) and self._missing[len(self._means)] == 0:
-            self._send()
-
-    def send_rest(self) -> None:
-        """Sends the remaining buckets, without the gradients that there are none of."""
-        while len(self._means) < len(self._missing):
-            self._send()
-
-    def means(self) -> dict[int, Tensor]:
-        """Waits for the means of this rank's own gradients, by index."""
-        return {index: mean for means in self._means for index, mean in means().items()}
-
-    @torch.no_grad()
-    def _send(self) -> None:
-        bucket = len(self._means)
-        gradients = {
-            index: self._parameters[index].grad
-            for index in self._shards.buckets[bucket]
-            if self._parameters[index].grad is not None
-        }
-        self._means.append(self._shards.start_reducing(bucket, gradients))
-        self.sent += gradients
-        for index in gradients:
-            self._parameters[index].grad = None
 
 
 class Muon(Optimizer):
@@ -94,7 +46,7 @@ class Muon(Optimizer):
     # here too, for copies, which take only what every optimizer has; a copy works for its process alone
     _ranks: Ranks | None = None
     _shards: Shards | None = None
-    _reducing: _Reducing | None = None
+    _reducing: Reducing | None = None
     _present: list[int] | None = None  # parameters with a gradient, where the ranks have averaged them
 
     def __init__(
@@ -149,7 +101,7 @@ class Muon(Optimizer):
         if self._shards is None:
             yield
             return
-        reducing = self._reducing = _Reducing(self._parameters(), self._shards)
+        reducing = self._reducing = Reducing(self._parameters(), self._shards)
         try:
             yield
         except BaseException:
@@ -173,7 +125,7 @@ class Muon(Optimizer):
         if self._shards is None:
             self._present = [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
             return lambda: None
-        reducing = self._reducing or _Reducing(parameters, self._shards)
+        reducing = self._reducing or Reducing(parameters, self._shards)
         self._reducing = None
         reducing.send_rest()
         self._present = sorted(reducing.sent)
