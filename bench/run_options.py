@@ -12,8 +12,15 @@ from golfmodel.runtime.distributed import runs_on_gpu
 from golfmodel.runtime.errors import ConfigError
 
 
-class RunParser(argparse.ArgumentParser):
-    """Parses the command's own options, and leaves a run's to `golfmodel.config.resolve`; what is wrong is typed."""
+class Parser(argparse.ArgumentParser):
+    """One whose complaints are typed."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+class RunParser(Parser):
+    """Parses the command's own options, and leaves a run's to `golfmodel.config.resolve`."""
 
     def __init__(self, command: str, usage: str, description: str) -> None:
         super().__init__(
@@ -25,9 +32,6 @@ class RunParser(argparse.ArgumentParser):
         )
         self.add_argument("--preset", help="a complete config to start from (default: quick on a GPU, demo on a CPU)")
         self.add_argument("--device", help="where to run: auto, cpu or cuda (default: auto)")
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
 
     def split(self, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         """The command's own options, and the run's as `resolve` takes them."""

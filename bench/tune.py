@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from bench.comparison import equivalence, prepared
+from bench.run_options import Parser
 from bench.subjects import Subject, subjects
 from bench.table import duration, environment, table
 from bench.timing import Timed, interleaved
 from golfmodel.runtime.errors import ConfigError, front_door
 from golfmodel.runtime.versions import versions
-from kernels import tuning
+from kernels import dispatch, tuning
 from kernels.tuning import WHOLE_ROW, Product, Shape
 
 Line = Shape | Product
@@ -79,9 +80,18 @@ def tables() -> list[dict[str, Any]]:
 def put(kernel: str, line: Line) -> None:
     """Has the kernel cut up so from its next start on."""
     for each in tables():
-        if kernel in each:
+        if kernel in each and each[kernel] != line:
             each[kernel] = line
-    tuning.tile.cache_clear()
+            _forget()
+
+
+def _forget() -> None:
+    """Has the ops look their lines up anew: what their modules keep of the ones before goes, plans above all."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("kernels."):
+            for value in list(vars(module).values()):
+                if hasattr(value, "cache_clear") and not isinstance(value, type):
+                    value.cache_clear()
 
 
 def kernels_of(function: Callable[[], object]) -> dict[str, Line]:
@@ -104,15 +114,13 @@ def _watched(seen: dict[str, Line]) -> Iterator[None]:
     before = [whole[key] for whole, key in places]
     for whole, key in places:
         whole[key] = Watched(whole[key])
-    tuning.tile.cache_clear()
-    tuning.products.cache_clear()
+    _forget()
     try:
         yield
     finally:
         for (whole, key), lines in zip(places, before, strict=True):
             whole[key] = lines
-        tuning.tile.cache_clear()
-        tuning.products.cache_clear()
+        _forget()
 
 
 def tune(subject: Subject, wanted: Sequence[str], device: torch.device) -> list[list[str]]:
@@ -120,11 +128,15 @@ def tune(subject: Subject, wanted: Sequence[str], device: torch.device) -> list[
 
     Args:
         wanted: kernels; all of them where there are none.
+
+    Raises:
+        ConfigError: one of them is none of the op's.
     """
-    rows = []
+    rows, known = [], set()
     for direction in subject.directions:
         function, sets = prepared(subject, direction, device)
         found = kernels_of(lambda function=function: function(0))
+        known |= found.keys()
         for kernel, line in found.items():
             if wanted and kernel not in wanted:
                 continue
@@ -143,6 +155,8 @@ def tune(subject: Subject, wanted: Sequence[str], device: torch.device) -> list[
             rows.append([direction, kernel, f"`{line}`", f"`{best}`" if moves else "the same", f"{left:.1%}"])
         times = interleaved({"all": function}, sets=sets, device=device)["all"]
         rows.append([direction, "all", "", "", duration(times.median)])
+    if unknown := set(wanted) - known:
+        raise ConfigError(f"--kernel is {', '.join(unknown)}: {subject.op} has {', '.join(sorted(known)) or 'none'}")
     return rows
 
 
@@ -180,6 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(f"OP is {options.op!r}: must be one of {', '.join(names)}")
     if not torch.cuda.is_available():
         raise ConfigError("bench.tune needs a GPU, and this host shows none")
+    if dispatch.chosen() == "reference":
+        raise ConfigError("GOLF_KERNELS is 'reference', which has no tiles: must be auto or triton")
     device = torch.device("cuda", torch.cuda.current_device())
     of_op = [subject for subject in subjects(on_gpu=True) if subject.op == options.op]
     subject = next((each for each in of_op if each.shape == options.shape), None) if options.shape else of_op[-1]
@@ -193,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench.tune", description="The tiles with which an op's kernels are fastest on this GPU."
     )
     parser.add_argument("op", metavar="OP", help="an op of kernels/")

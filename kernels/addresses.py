@@ -81,6 +81,10 @@ class KeptTables:
         keep_for_graph(device, tables)
         return tables
 
+    def cache_clear(self) -> None:
+        """Keeps nothing of the calls so far; graphs keep what they read."""
+        self._kept.clear()
+
     def on(self, device: torch.device, rows: Iterable[tuple[int, ...]]) -> Tensor:
         """The rows as int64 `[len(rows), fields]` on the device, without waiting for it."""
         rows = tuple(rows)
@@ -95,4 +99,5 @@ def kept_tables(function: Callable) -> Callable:
     def of(*arguments: Any) -> Any:
         return tables.get(arguments[-1], arguments[:-1], lambda: function(*arguments))
 
+    of.cache_clear = tables.cache_clear
     return of

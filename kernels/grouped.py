@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.addresses import KeptTables, table_on
-from kernels.launch import launch, tl, triton
+from kernels.launch import launch, piece_of, tl, triton
 from kernels.registration import is_traced
 from kernels.tuning import next_power_of_2
 
@@ -146,12 +146,7 @@ def run_all(plan: Callable[..., Work], arguments: list[tuple]) -> list[list[Tens
     for work, first, programs, table in batch.groups:
         tensors = (*_tensors(arguments[first]), *flats, table)
         launch(work.kernel, (programs,), tensors, (0, 0), (*work.constants, batch.b_N), num_warps=work.num_warps)
-    return [[_part(flat, *part) for part in parts] for flat, parts in zip(flats, batch.parts, strict=True)]
-
-
-def _part(flat: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], start: int) -> Tensor:
-    """A tensor in the memory of `flat`; no view, so that changing one result leaves autograd's record of the others."""
-    return flat.new_empty(0).set_(flat.untyped_storage(), start, shape, strides)
+    return [[piece_of(flat, *part) for part in parts] for flat, parts in zip(flats, batch.parts, strict=True)]
 
 
 def _prepare(plan: Callable[..., Work], arguments: list[tuple], device: torch.device) -> _Batch:

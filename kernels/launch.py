@@ -6,7 +6,7 @@ in `do_not_specialize`, then its compile-time constants. `launch` counts on that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,11 @@ def aligned(tensor: Tensor) -> Tensor:
     """The tensor with its elements in a row from a multiple of `VECTOR`: matrix products choose their way by that."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % VECTOR else tensor
+
+
+def piece_of(flat: Tensor, shape: Sequence[int], strides: Sequence[int], start: int) -> Tensor:
+    """A tensor in the memory of `flat`; no view, so that changing one result leaves autograd's record of the others."""
+    return flat.new_empty(0).set_(flat.untyped_storage(), start, shape, strides)
 
 
 def cdiv(a: int, b: int) -> int:

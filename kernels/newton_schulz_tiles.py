@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from kernels.addresses import table_on, typed_pointer
-from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
+from kernels.launch import cdiv, launch, number_of, piece_of, tensor_and_number, tl, triton
 from kernels.newton_schulz_plan import ALIGNMENT, TILE, Plan, plan_of
 from kernels.reference import Triple
 from kernels.tuning import next_power_of_2
@@ -350,4 +350,4 @@ def orthogonalize(
         (plan.adds, math.gcd(ALIGNMENT, plan.columns), plan.alignment, TILE, DEPTH),
     )
     pieces = zip(shapes, plan.strides, plan.starts, strict=True)
-    return [out.as_strided(shape, strides, start) for shape, strides, start in pieces]
+    return [piece_of(out, *piece) for piece in pieces]

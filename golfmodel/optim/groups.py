@@ -97,6 +97,14 @@ class Optimizers:
         self.adam.grad_scale = None if clip is None else clip[1]
         self.adam.step()
         finish_step()
+        self._free_gradients()
+
+    def abandon(self) -> None:
+        """Forgets the gradients of a step that failed on its way."""
+        self._free_gradients()
+        self.muon.abandon()
+
+    def _free_gradients(self) -> None:
         for parameter in (*self._matrices, *self._others):
             parameter.grad = None
 

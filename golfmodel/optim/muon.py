@@ -105,10 +105,16 @@ class Muon(Optimizer):
         try:
             yield
         except BaseException:
-            self._reducing = None
+            reducing.has_failed = True
+            if not reducing.has_begun:
+                self._reducing = None
             raise
         finally:
             reducing.is_open = False
+
+    def abandon(self) -> None:
+        """Forgets what was averaged for a step that failed on its way."""
+        self._present = self._reducing = None
 
     def _has_gradient(self, parameter: Tensor) -> None:
         if self._reducing is not None:

@@ -134,6 +134,7 @@ class Reducing:
         self._means: list[Callable[[], dict[int, Tensor]]] = []  # of each bucket that is sent
         self.sent: list[int] = []  # parameters
         self.is_open = True  # while a backward goes on whose gradients are the step's
+        self.has_failed = False
 
     def has_gradient(self, parameter: Tensor) -> None:
         """Sends the buckets that are complete with it, if all before them are sent.
@@ -147,8 +148,19 @@ class Reducing:
         while len(self._means) < len(self._missing) and self._missing[len(self._means)] == 0:
             self._send()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything is sent."""
+        return len(self._means) > 0
+
     def send_rest(self) -> None:
-        """Sends the remaining buckets, without the gradients that there are none of."""
+        """Sends the remaining buckets, without the gradients that there are none of.
+
+        Raises:
+            RuntimeError: the backward failed when some were on their way.
+        """
+        if self.has_failed:
+            raise RuntimeError("a backward failed when some of its gradients were sent: the ranks are out of step")
         while len(self._means) < len(self._missing):
             self._send()
 

@@ -110,6 +110,10 @@ class Step:
         inputs = [(inputs_BT.clone(), targets_BT.clone()) for inputs_BT, targets_BT in given]
         graph = torch.cuda.CUDAGraph()
         # Meanwhile kernels upload tables, and other threads pin memory and ask NCCL how far it is.
-        with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-            self._take(inputs)
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+                self._take(inputs)
+        except BaseException:
+            self._optimizers.abandon()  # gradients in the memory of a graph that never ran
+            raise
         self._graph, self._inputs = graph, inputs

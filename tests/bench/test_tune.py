@@ -9,8 +9,10 @@ import torch
 from bench import tune
 from bench.subjects import subjects
 from bench.timing import Times
-from kernels import smear_gate, tuning
+from golfmodel.runtime.errors import ConfigError
+from kernels import quantize_int6, smear_gate, tuning
 from kernels.cases import CASES
+from kernels.testing import tensors_of
 from kernels.tuning import WHOLE_ROW, Product, Shape
 
 CPU = torch.device("cpu")
@@ -21,9 +23,9 @@ LINE = Product(128, 256, 64, 8, 4, 1, flatten=True)
 def interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(tuning, "MEASURED", {key: dict(lines) for key, lines in tuning.MEASURED.items()})
-    tuning.tile.cache_clear()
+    tune._forget()
     yield
-    tuning.tile.cache_clear()
+    tune._forget()
 
 
 @pytest.mark.parametrize("line", [LINE, Shape(1024, 512, 256), Shape(1024, WHOLE_ROW, 1)])
@@ -70,6 +72,27 @@ def test_the_kernels_of_a_call_are_those_it_looks_up(interpreted):
     assert tuning.MEASURED[9, 0] is before
 
 
+def test_an_op_that_keeps_plans_looks_its_lines_up_anew(interpreted):
+    weights = [torch.randn(3, 8), torch.randn(2, 8)]
+    for argument, kernel in ((weights[0], "quantize_int6"), (weights, "quantize_int6_list")):
+        quantize_int6(argument)
+        assert set(tune.kernels_of(lambda argument=argument: quantize_int6(argument))) == {kernel}
+        before = quantize_int6(argument)
+        line = Shape(16, 8, 8)
+        tune.put(kernel, line)
+        assert tune.kernels_of(lambda argument=argument: quantize_int6(argument)) == {kernel: line}
+        assert all(map(torch.equal, tensors_of(quantize_int6(argument)), tensors_of(before)))
+
+
+def test_a_kernel_that_is_none_of_the_op_is_refused(interpreted, monkeypatch):
+    monkeypatch.setattr(tune, "interleaved", lambda functions, **_: {name: Times((1e-3,), 0, 0) for name in functions})
+    [subject] = [each for each in subjects(on_gpu=False) if each.op == "smear_gate"]
+    case = next(case for case in CASES if case.name == "smear_gate")
+    subject = dataclasses.replace(subject, draw=functools.partial(case.draw, (1, 2, 8), torch.float32))
+    with pytest.raises(ConfigError, match="--kernel is nothing: smear_gate has column_sums, smear_gate_bwd"):
+        tune.tune(subject, ["nothing"], CPU)
+
+
 def test_a_line_that_is_put_is_what_the_next_call_uses(interpreted):
     wide = Shape(4096, 8, 512)
     tune.put("smear_gate_fwd", wide)
@@ -94,7 +117,11 @@ def test_every_kernel_of_an_op_gets_a_row(interpreted, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["nothing"], "OP is 'nothing': must be one of add_rms_norm"), (["smear_gate"], "needs a GPU")],
+    [
+        (["nothing"], "OP is 'nothing': must be one of add_rms_norm"),
+        (["smear_gate"], "needs a GPU"),
+        (["smear_gate", "--shapes"], "unrecognized arguments: --shapes"),
+    ],
 )
 def test_what_cannot_be_tuned_is_said(arguments, said, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

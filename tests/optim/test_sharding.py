@@ -287,7 +287,7 @@ def sharded(parameters: list[nn.Parameter], events: list[str]) -> Muon:
     return Muon(parameters, **OPTIONS, ranks=Recording(rank=0, world_size=2, device=torch.device("cpu")))
 
 
-def test_after_an_error_in_backward_nothing_is_on_its_way():
+def test_an_error_in_backward_before_anything_is_sent_is_as_if_there_had_been_none():
     events: list[str] = []
     layers = [nn.Parameter(torch.eye(8)) for _ in range(3)]
     optimizer = sharded(layers, events)
@@ -299,6 +299,23 @@ def test_after_an_error_in_backward_nothing_is_on_its_way():
     assert events == ["sent"] * 3
 
 
+def test_after_an_error_in_backward_when_something_was_sent_there_is_no_step():
+    """On the other ranks there may have been no error, and what they send next is the rest of that backward."""
+    events: list[str] = []
+    layers = [nn.Parameter(torch.eye(8)) for _ in range(3)]
+    optimizer = sharded(layers, events)
+    with pytest.raises(ZeroDivisionError), optimizer.reducing():
+        torch.ones(1, 8).mm(layers[2]).sum().backward()
+        raise ZeroDivisionError
+    assert events == ["sent"]
+    with pytest.raises(RuntimeError, match="the ranks are out of step"):
+        optimizer.step()
+    optimizer.abandon()
+    torch.ones(1, 8).mm(layers[2]).sum().backward()
+    optimizer.step()
+    assert events == ["sent"] * 4
+
+
 def test_a_gradient_that_comes_too_late_is_an_error():
     layers = [nn.Parameter(torch.eye(8)) for _ in range(3)]
     optimizer = sharded(layers, [])
@@ -308,7 +325,7 @@ def test_a_gradient_that_comes_too_late_is_an_error():
         torch.ones(1, 8).mm(layers[1]).sum().backward()
 
 
-@pytest.mark.parametrize("layers", [1, 2, 6, 8, 9, 12])
+@pytest.mark.parametrize("layers", [6, 8, 9, 12])
 @pytest.mark.parametrize("bigrams", [0, 64])
 def test_no_part_of_a_model_waits_for_blocks_of_the_next(layers, bigrams):
     """Between two blocks of backward: what is sent by then, and whose gradients it was."""

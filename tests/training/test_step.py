@@ -193,3 +193,32 @@ def test_a_micro_batch_of_another_shape_is_refused(on_gpu):
         step([(inputs_BT, targets_BT)])
     with pytest.raises(ValueError, match=r"shapes \[\[1, 256\], \[1, 256\]\]: the recorded step takes \[4, 256\]"):
         step([(inputs_BT[:1], targets_BT[:1])])
+
+
+@pytest.mark.gpu
+def test_a_failed_recording_leaves_nothing_behind(on_gpu):
+    """Not in the middle of a backward, whose gradients were to lie in the graph's memory, nor after it."""
+    expected = train(on_gpu, GPU, range(STEPS), records=False)
+    model, optimizers = built(on_gpu, GPU)
+    fails = {"now": False}
+
+    def loss(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        value = model(inputs_BT, targets_BT)
+        if fails["now"] and any(parameter.grad is not None for parameter in model.parameters()):
+            raise ZeroDivisionError  # at the second micro-batch
+        return value
+
+    step = Step(loss, optimizers, 2, GPU)
+    losses = []
+    for number in range(STEPS):
+        set_schedule(optimizers, number)
+        if number == UNRECORDED_STEPS:
+            fails["now"] = True
+            with pytest.raises(ZeroDivisionError):
+                step(micro_batches(on_gpu, number, 2, GPU))
+            fails["now"] = False
+            assert not step.is_recorded
+            assert all(parameter.grad is None for parameter in model.parameters())
+        losses.append(float(step(micro_batches(on_gpu, number, 2, GPU))))
+    assert losses == expected[0]
+    assert all(map(torch.equal, model.parameters(), expected[1]))
