@@ -66,6 +66,7 @@ def matmul_kernel(
 
 @functools.cache
 def processors(device: torch.device) -> int:
+    """How many a CUDA device has; 1 for the interpreter, which runs one program after another."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -114,4 +115,5 @@ def matmul(
 
 
 def descriptor(tensor: Tensor, block: list[int]) -> Any:
+    """Of a contiguous matrix whose rows begin at multiples of 16 bytes, for copies of `block` [rows, columns]."""
     return TensorDescriptor.from_tensor(tensor, block)

@@ -62,13 +62,13 @@ def _fake_backward(
 _backward_op = register("squared_relu_mlp_backward", _run_backward, _fake_backward)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    """Keeps for backward the inputs but the residual, and every output but the first, the result `[B, T, D]`."""
     x_BTD, up_HD, down_DH, residual_BTD = inputs
-    _, kept_NH = output
-    ctx.mark_non_differentiable(kept_NH)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.adds = residual_BTD is not None
-    ctx.save_for_backward(x_BTD, up_HD, down_DH, kept_NH)
+    ctx.save_for_backward(x_BTD, up_HD, down_DH, *output[1:])
 
 
 def _backward(ctx: Any, grad_BTD: Tensor | None, _: None) -> tuple:
@@ -77,7 +77,7 @@ def _backward(ctx: Any, grad_BTD: Tensor | None, _: None) -> tuple:
     return *_backward_op(grad_BTD, *ctx.saved_tensors), grad_BTD if ctx.adds else None
 
 
-_op = register("squared_relu_mlp", _run, _fake, differentiate=_backward, setup_context=_setup_context)
+_op = register("squared_relu_mlp", _run, _fake, differentiate=_backward, setup_context=setup_context)
 
 
 @dispatch.register_triton("squared_relu_mlp")

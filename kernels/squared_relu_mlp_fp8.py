@@ -20,7 +20,7 @@ from kernels.launch import MAX_COLUMNS, MAX_ROWS, VECTOR, aligned, cdiv, launch,
 from kernels.matmul import descriptor, processors, takes
 from kernels.reference import FP8_NORM
 from kernels.registration import register
-from kernels.squared_relu_mlp import check_mlp
+from kernels.squared_relu_mlp import check_mlp, setup_context
 from kernels.tuning import products, tile
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -256,26 +256,12 @@ def _run_backward(
 
 
 def _fake_backward(
-    grad_BTD: Tensor,
-    x_BTD: Tensor,
-    up_HD: Tensor,
-    down_DH: Tensor,
-    squares_NH: Tensor,
-    x_norm_N: Tensor,
-    up_norm_H: Tensor,
+    grad_BTD: Tensor, x_BTD: Tensor, up_HD: Tensor, down_DH: Tensor, *_: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x_BTD.new_empty(x_BTD.shape), up_HD.new_empty(up_HD.shape), down_DH.new_empty(down_DH.shape)
 
 
 _backward_op = register("squared_relu_mlp_fp8_backward", _run_backward, _fake_backward)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x_BTD, up_HD, down_DH, residual_BTD = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.adds = residual_BTD is not None
-    ctx.save_for_backward(x_BTD, up_HD, down_DH, *output[1:])
 
 
 def _backward(ctx: Any, grad_BTD: Tensor | None, *_: None) -> tuple:
@@ -284,7 +270,7 @@ def _backward(ctx: Any, grad_BTD: Tensor | None, *_: None) -> tuple:
     return *_backward_op(grad_BTD, *ctx.saved_tensors), grad_BTD if ctx.adds else None
 
 
-_op = register("squared_relu_mlp_fp8", _run, _fake, differentiate=_backward, setup_context=_setup_context)
+_op = register("squared_relu_mlp_fp8", _run, _fake, differentiate=_backward, setup_context=setup_context)
 
 
 @dispatch.register_triton("squared_relu_mlp_fp8")

@@ -149,6 +149,7 @@ X, UP, DOWN, RESIDUAL = make((2, 3, 4, 5))
     [
         (([1.0], UP, DOWN), TypeError, "x_BTD must be a tensor, not list"),
         ((X.int(), UP, DOWN), TypeError, "x_BTD is torch.int32; it may be torch.float32 or"),
+        ((X.to(torch.float8_e4m3fn), UP, DOWN), TypeError, "x_BTD is torch.float8_e4m3fn; it may be torch.float32 or"),
         ((X[0], UP, DOWN), ValueError, r"x_BTD has shape \[3, 4\]; it must be \[B, T, D\]"),
         ((X, UP.double(), DOWN), TypeError, "up_HD is torch.float64; it may be torch.float32"),
         ((X, UP[:, :3], DOWN), ValueError, r"up_HD has shape \[5, 3\]; beside x_BTD of .* it must be \[5, 4\]"),
@@ -162,6 +163,7 @@ X, UP, DOWN, RESIDUAL = make((2, 3, 4, 5))
         ((X, UP, DOWN, RESIDUAL.to("meta")), ValueError, "residual_BTD is on meta; it must be on cpu"),
     ],
 )
-def test_bad_arguments(arguments, error, message):
+@pytest.mark.parametrize("op", [kernels.squared_relu_mlp, kernels.squared_relu_mlp_fp8])
+def test_bad_arguments(op, arguments, error, message):
     with pytest.raises(error, match=message):
-        kernels.squared_relu_mlp(*arguments)
+        op(*arguments)
