@@ -49,7 +49,6 @@ class Step:
         records: bool = True,
     ) -> None:
         self._loss, self._optimizers, self._micro_batches = loss, optimizers, micro_batches
-        self._device = device
         # A fault in the gradients is the host's doing, of which a graph knows nothing.
         self._records = records and device.type == "cuda" and not faults.are_planned("gradient")
         self._unrecorded = UNRECORDED_STEPS
