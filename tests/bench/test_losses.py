@@ -33,6 +33,11 @@ def test_ways_are_set_beside_the_first(options, tmp_path, capsys):
     assert "step 6" in page
 
 
+def test_the_kernels_that_are_named_are_those_that_run(tiny_config):
+    with pytest.raises(RuntimeError, match=r"GOLF_KERNELS=triton, but .* was given a tensor on cpu"):
+        losses.losses(tiny_config, "triton")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

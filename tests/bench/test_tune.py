@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import tune
-from bench.subjects import subjects
+from bench.subjects import Subject, subjects
 from bench.timing import Times
 from golfmodel.runtime.errors import ConfigError
 from kernels import quantize_int6, smear_gate, tuning
@@ -26,6 +26,15 @@ def interpreted(monkeypatch):
     tune._forget()
     yield
     tune._forget()
+
+
+@pytest.fixture
+def small(monkeypatch) -> Subject:
+    """smear_gate on a few numbers, every timing of which takes a millisecond."""
+    monkeypatch.setattr(tune, "interleaved", lambda functions, **_: {name: Times((1e-3,), 0, 0) for name in functions})
+    [subject] = [each for each in subjects(on_gpu=False) if each.op == "smear_gate"]
+    case = next(case for case in CASES if case.name == "smear_gate")
+    return dataclasses.replace(subject, draw=functools.partial(case.draw, (1, 2, 8), torch.float32))
 
 
 @pytest.mark.parametrize("line", [LINE, Shape(1024, 512, 256), Shape(1024, WHOLE_ROW, 1)])
@@ -84,13 +93,9 @@ def test_an_op_that_keeps_plans_looks_its_lines_up_anew(interpreted):
         assert all(map(torch.equal, tensors_of(quantize_int6(argument)), tensors_of(before)))
 
 
-def test_a_kernel_that_is_none_of_the_op_is_refused(interpreted, monkeypatch):
-    monkeypatch.setattr(tune, "interleaved", lambda functions, **_: {name: Times((1e-3,), 0, 0) for name in functions})
-    [subject] = [each for each in subjects(on_gpu=False) if each.op == "smear_gate"]
-    case = next(case for case in CASES if case.name == "smear_gate")
-    subject = dataclasses.replace(subject, draw=functools.partial(case.draw, (1, 2, 8), torch.float32))
+def test_a_kernel_that_is_none_of_the_op_is_refused(interpreted, small):
     with pytest.raises(ConfigError, match="--kernel is nothing: smear_gate has column_sums, smear_gate_bwd"):
-        tune.tune(subject, ["nothing"], CPU)
+        tune.tune(small, ["nothing"], CPU)
 
 
 def test_a_line_that_is_put_is_what_the_next_call_uses(interpreted):
@@ -101,15 +106,10 @@ def test_a_line_that_is_put_is_what_the_next_call_uses(interpreted):
     assert tune.kernels_of(lambda: smear_gate(x, gate)) == {"smear_gate_fwd": wide}
 
 
-def test_every_kernel_of_an_op_gets_a_row(interpreted, monkeypatch):
+def test_every_kernel_of_an_op_gets_a_row(interpreted, small, monkeypatch):
     cost = {512: 1.0, 1024: 0.5}
     monkeypatch.setattr(tune, "_seconds", lambda _f, _s, _k, lines, _d: [cost.get(x.per_warp, 2.0) for x in lines])
-    [subject] = [each for each in subjects(on_gpu=False) if each.op == "smear_gate"]
-    case = next(case for case in CASES if case.name == "smear_gate")
-    draw = functools.partial(case.draw, (1, 2, 8), torch.float32)
-    subject = dataclasses.replace(subject, draw=draw)
-    monkeypatch.setattr(tune, "interleaved", lambda functions, **_: {name: Times((1e-3,), 0, 0) for name in functions})
-    rows = tune.tune(subject, ["smear_gate_fwd"], CPU)
+    rows = tune.tune(small, ["smear_gate_fwd"], CPU)
     assert [row[:2] for row in rows] == [["forward", "smear_gate_fwd"], ["forward", "all"], ["backward", "all"]]
     assert rows[1][2:] == ["", "", "1 ms"]
     assert rows[0][3:] == ["`Shape(elements=2048, max_columns=1024, per_warp=1024, max_rows=4096)`", "50.0%"]
