@@ -184,7 +184,10 @@ def squared_relu_mlp_fp8_forward(
     y_BTD = (y_ND * (x_norm_N.square()[:, None] * down_norm_D / FP8_NORM**2)).view(x_BTD.shape)
     if residual_BTD is not None:
         y_BTD = residual_BTD + y_BTD
-    return y_BTD.to(x_BTD.dtype), squares_NH, x_norm_N, up_norm_H
+    # Of an autograd function that returns a cast to the dtype it has, PyTorch 2.11 compiles gradients of zero.
+    if y_BTD.dtype != x_BTD.dtype:
+        y_BTD = y_BTD.to(x_BTD.dtype)
+    return y_BTD, squares_NH, x_norm_N, up_norm_H
 
 
 def squared_relu_mlp_fp8_backward(
