@@ -12,7 +12,7 @@ A segment of one iteration is the usual form. In longer ones products with the l
 square matrices with the short one, of which half is computed: they save arithmetic where X is long, and cost accuracy,
 how much depending on the coefficients.
 
-Shapes: M, N a matrix as given; everything else in tiles of TILE x TILE.
+Shapes: M, N a matrix as given; everything else in tiles, whose side `tile_of` chooses for all matrices of a call.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from kernels.addresses import KeptTables, kept_tables, table_on
 from kernels.launch import cdiv
 from kernels.reference import NAMED_COEFFICIENTS, Triple
 
-TILE = 128
-START_ROWS = {"cuda": 8, "cpu": 128}  # of a tile that one program copies; the interpreter is slow to start one
+SMALL, LARGE = 64, 128  # sides of a tile
+FEW = 512  # small tiles: on an H100, of which 264 are worked on at once, 8 matrices of 512 a side still gain
+START_ROWS = {"cuda": 8, "cpu": 64}  # that one program copies; the interpreter is slow to start one
 ALIGNMENT = 8  # elements: every result starts at a multiple of 16 bytes
 # Buffers of a matrix: X, X after an update; squares: R, P R, and three that P and the product of all P take in turn.
 X, R, PR, P = (0, 1), 2, 3, (4, 5, 6)
@@ -121,8 +122,8 @@ class Place(NamedTuple):
         return max(self.rows, self.columns) if stage.left in X else self.side
 
 
-def place_of(M: int, N: int, first: int) -> Place:
-    return Place(cdiv(M, TILE), cdiv(N, TILE), M > N, first)
+def place_of(M: int, N: int, first: int, tile: int) -> Place:
+    return Place(cdiv(M, tile), cdiv(N, tile), M > N, first)
 
 
 def tiles_of(place: Place, stages: Sequence[Stage]) -> int:
@@ -135,8 +136,8 @@ def cost_of(place: Place, stages: Sequence[Stage]) -> int:
     return sum(place.count(stage) * place.depth(stage) for stage in stages)
 
 
-def segments_of(place: Place, coefficients: tuple[Triple, ...]) -> tuple[int, ...]:
-    """The lengths of the segments in which the matrix takes its iterations.
+def segments_of(M: int, N: int, coefficients: tuple[Triple, ...]) -> tuple[int, ...]:
+    """The lengths of the segments in which a matrix takes its iterations, whatever the tiles.
 
     Long ones where they save arithmetic, and only where their error was found to be that of the usual form: four
     iterations or more with the quintic, three at first, then two at a time. With Polar Express it is up to three times
@@ -148,10 +149,24 @@ def segments_of(place: Place, coefficients: tuple[Triple, ...]) -> tuple[int, ..
     long: list[int] = []
     while sum(long) < len(coefficients):
         long.append(min(2 if long else 3, len(coefficients) - sum(long)))
+    place = place_of(M, N, 0, LARGE)
     return min((usual, tuple(long)), key=lambda each: cost_of(place, stages_of(coefficients, each)))
 
 
-def work_order(places: Sequence[Place], stages: Sequence[Sequence[Stage]]) -> list[tuple[int, ...]]:
+def tile_of(shapes: Sequence[tuple[int, ...]], coefficients: tuple[Triple, ...]) -> int:
+    """The side of a call's tiles: small where there are few, which then take less time one after another.
+
+    A matrix's result has the same bits either way. Only in the usual form, in which what is computed of a square on one
+    side of the diagonal is what would be computed on the other; so no call with a longer segment has small tiles.
+    """
+    usual = (1,) * len(coefficients)
+    if any(segments_of(M, N, coefficients) != usual for *_, M, N in shapes):
+        return LARGE
+    tiles = sum(math.prod(batch) * cdiv(M, SMALL) * cdiv(N, SMALL) for *batch, M, N in shapes)
+    return SMALL if tiles <= FEW else LARGE
+
+
+def work_order(places: Sequence[Place], stages: Sequence[Sequence[Stage]], tile: int) -> list[tuple[int, ...]]:
     """Every item in the order in which items are handed out: stage by stage, the most expensive matrices first.
 
     Returns:
@@ -170,7 +185,7 @@ def work_order(places: Sequence[Place], stages: Sequence[Sequence[Stage]]) -> li
             waits = (counter - 1, place.count(own[index - 1])) if index else (-1, 0)
             for product, written, row, column in _tiles(place, own[index], last=index == len(own) - 1):
                 factors = numbers[own[index][3:]]
-                items.append((*product, *written, factors, matrix, row * TILE, column * TILE, *waits, counter))
+                items.append((*product, *written, factors, matrix, row * tile, column * tile, *waits, counter))
     return items
 
 
@@ -219,6 +234,7 @@ class Plan(NamedTuple):
     workspace: int  # tiles
     results: int  # elements
     start_rows: int  # of a part
+    tile: int  # its side
 
 
 @kept_tables
@@ -226,25 +242,25 @@ def plan_of(shapes: tuple[tuple[int, ...], ...], coefficients: tuple[Triple, ...
     """For contiguous tensors [M, N] or [batch, M, N], and a triple for each iteration."""
     rows, parts, places, stages, starts, strides = [], [], [], [], [], []
     workspace = results = 0
-    start_rows = START_ROWS[device.type]
+    start_rows, tile = START_ROWS[device.type], tile_of(shapes, coefficients)
     for *batch, M, N in shapes:
         strides.append((*[M * N for _ in batch], N, 1))
         results = cdiv(results, ALIGNMENT) * ALIGNMENT
         starts.append(results)
-        own = stages_of(coefficients, segments_of(place_of(M, N, 0), coefficients))
+        own = stages_of(coefficients, segments_of(M, N, coefficients))
         for _ in range(math.prod(batch)):
             matrix = len(rows)
-            place = place_of(M, N, workspace)
-            count = place.rows * place.columns * (TILE // start_rows)
-            rows.append([0, M, N, len(parts), count, results, 0])
-            for row in range(0, place.rows * TILE, start_rows):
-                first = place.buffer(X[0]) + row // TILE * place.columns
-                parts += [(matrix, row, column * TILE, first + column) for column in range(place.columns)]
+            place = place_of(M, N, workspace, tile)
+            first_part = len(parts)
+            for row in range(0, place.rows * tile, start_rows):
+                first = place.buffer(X[0]) + row // tile * place.columns
+                parts += [(matrix, row, column, first + column // tile) for column in range(0, N, LARGE)]
+            rows.append([0, M, N, first_part, len(parts) - first_part, results, 0])
             places.append(place)
             stages.append(own)
             workspace += tiles_of(place, own)
             results += M * N
-    tables = (parts, work_order(places, stages))
+    tables = (parts, work_order(places, stages, tile))
     factors = factors_of(stages)
     return Plan(
         rows,
@@ -260,4 +276,5 @@ def plan_of(shapes: tuple[tuple[int, ...], ...], coefficients: tuple[Triple, ...
         workspace=workspace,
         results=results,
         start_rows=start_rows,
+        tile=tile,
     )

@@ -1,7 +1,7 @@
 """Newton-Schulz of many matrices in one launch: the tiles of every product of every matrix, in one order.
 
-A matrix X is kept as it is given, padded with zeros to whole tiles of TILE x TILE, each of which lies in memory as one
-piece. Its stages are products of such matrices (`kernels.newton_schulz_plan`), in the usual form of an iteration
+A matrix X is kept as it is given, padded with zeros to whole square tiles, each of which lies in memory as one piece.
+Its stages are products of such matrices (`kernels.newton_schulz_plan`), in the usual form of an iteration
 
     R = X X^T + b / 2c              only tiles on and above the diagonal are computed, the others are their mirrors
     P = c R R + a - b^2 / 4c        the same
@@ -32,11 +32,13 @@ from torch import Tensor
 
 from kernels.addresses import table_on, typed_pointer
 from kernels.launch import cdiv, launch, number_of, piece_of, tensor_and_number, tl, triton
-from kernels.newton_schulz_plan import ALIGNMENT, TILE, Plan, plan_of
+from kernels.newton_schulz_plan import ALIGNMENT, LARGE, SMALL, Plan, plan_of
 from kernels.reference import Triple
 from kernels.tuning import next_power_of_2
 
 DEPTH = 64  # of a step along the inner dimension of a product
+# Steps of a product that are on their way at once. A few small tiles leave memory's latency bare, and have the room.
+PIPELINED = {SMALL: 6, LARGE: 3}
 SAFE_NORMS = (2.0**-40, 2.0**50)  # of a matrix as it is given, so that products of its elements are normal float32
 
 
@@ -57,13 +59,13 @@ def ahead(buffer, gradient, momentum, NESTEROV: tl.constexpr):
 
 
 @triton.jit
-def part_of(p_first, p_first_buffer, p_part, p_matrix, b_R: tl.constexpr, b_T: tl.constexpr):
-    """A part of a tile, b_R of its rows: addresses in the matrix and in its momentum, which of them exist."""
+def part_of(p_first, p_first_buffer, p_part, p_matrix, b_R: tl.constexpr, b_C: tl.constexpr):
+    """A part, b_R rows and b_C columns: addresses in the matrix and in its momentum, which of them exist."""
     # No wider loads where addresses allow them: the order of sums would then depend on the others in the list.
     M = tl.load(p_matrix + 1)
     N = tl.load(p_matrix + 2)
     r_M = tl.load(p_part + 1).to(tl.int64) + tl.arange(0, b_R)
-    r_N = tl.load(p_part + 2) + tl.arange(0, b_T)
+    r_N = tl.load(p_part + 2) + tl.arange(0, b_C)
     mask = (r_M < M)[:, None] & (r_N < N)[None, :]
     offsets = r_M[:, None] * N + r_N[None, :]
     p_x = typed_pointer(p_first, p_matrix, 1) + offsets
@@ -74,30 +76,34 @@ def part_of(p_first, p_first_buffer, p_part, p_matrix, b_R: tl.constexpr, b_T: t
 
 
 @triton.jit
-def store_part(p_work, p_part, x, b_R: tl.constexpr, b_T: tl.constexpr):
-    """Writes a part of a tile to the workspace."""
+def store_part(p_work, p_part, p_matrix, x, b_R: tl.constexpr, b_C: tl.constexpr, b_T: tl.constexpr):
+    """Writes a part to its tiles in the workspace, one beside another; the last of a row may be missing."""
     tile = tl.load(p_part + 3).to(tl.int64)
     row = tl.load(p_part + 1) % b_T
-    offsets = tl.arange(0, b_R)[:, None] * b_T + tl.arange(0, b_T)[None, :]
-    tl.store(p_work + tile * (b_T * b_T) + row * b_T + offsets, x.to(p_work.dtype.element_ty))
+    r_C = tl.arange(0, b_C)
+    offsets = r_C // b_T * (b_T * b_T) + r_C % b_T
+    offsets = (row + tl.arange(0, b_R))[:, None] * b_T + offsets[None, :]
+    columns = tl.multiple_of(tl.cdiv(tl.load(p_matrix + 2), b_T) * b_T - tl.load(p_part + 2), b_T)
+    mask_1C = (r_C < columns)[None, :]
+    tl.store(p_work + tile * (b_T * b_T) + offsets, x.to(p_work.dtype.element_ty), mask=mask_1C)
 
 
 @triton.jit(do_not_specialize=["COUNTERS", "MOMENTUM"])
 def start_kernel(
     p_first, p_first_buffer, p_momentum, p_clip, p_parts, p_matrices, p_sums, p_work, p_done, COUNTERS, MOMENTUM,
-    NESTEROV: tl.constexpr, b_R: tl.constexpr, b_T: tl.constexpr, b_Z: tl.constexpr,
+    NESTEROV: tl.constexpr, b_R: tl.constexpr, b_C: tl.constexpr, b_T: tl.constexpr, b_Z: tl.constexpr,
 ):  # fmt: skip
     """X = G, and sums[i] = the sum of squares of part i in float64, where no float32 overflows. A part a program.
 
     With a momentum it moves first. Also sets the counters to 0, b_Z of them a program. `p_parts` is int32 [., 4]:
-    matrix, row and column where the part begins, the tile's number in the workspace.
+    matrix, row and column where the part begins, the first of its tiles in the workspace.
     """
     part = tl.program_id(0)
     r_Z = part * b_Z + tl.arange(0, b_Z)
     tl.store(p_done + r_Z, 0, mask=r_Z < COUNTERS)
     p_part = p_parts + 4 * part
     p_matrix = p_matrices + tl.load(p_part) * 7
-    p_x, p_buffer, mask = part_of(p_first, p_first_buffer, p_part, p_matrix, b_R, b_T)
+    p_x, p_buffer, mask = part_of(p_first, p_first_buffer, p_part, p_matrix, b_R, b_C)
     x = tl.load(p_x, mask=mask, other=0).to(tl.float32)
     if p_clip is not None:
         x *= tl.load(p_clip)
@@ -106,7 +112,7 @@ def start_kernel(
         buffer = moved(p_buffer, x, momentum, mask)
         tl.store(p_buffer, buffer, mask=mask)
         x = ahead(buffer, x, momentum, NESTEROV)
-    store_part(p_work, p_part, x, b_R, b_T)
+    store_part(p_work, p_part, p_matrix, x, b_R, b_C, b_T)
     x = x.to(tl.float64)
     tl.store(p_sums + part, tl.sum(tl.sum(x * x, axis=1), axis=0))
 
@@ -115,7 +121,7 @@ def start_kernel(
 def scale_kernel(
     p_first, p_first_buffer, p_momentum, p_clip, p_parts, p_matrices, p_sums, p_work, p_scales, MOMENTUM,
     NESTEROV: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    b_R: tl.constexpr, b_T: tl.constexpr, b_P: tl.constexpr,
+    b_R: tl.constexpr, b_C: tl.constexpr, b_T: tl.constexpr, b_P: tl.constexpr,
 ):  # fmt: skip
     """scale = 1 / (||G||_F + 1e-7), by which X still has to be multiplied. A matrix a program.
 
@@ -139,14 +145,14 @@ def scale_kernel(
         second = (scale / first).to(tl.float32)
         for part in range(0, parts):
             p_part = p_parts + (first_part + part) * 4
-            p_x, p_buffer, mask = part_of(p_first, p_first_buffer, p_part, p_matrix, b_R, b_T)
+            p_x, p_buffer, mask = part_of(p_first, p_first_buffer, p_part, p_matrix, b_R, b_C)
             x = tl.load(p_x, mask=mask, other=0).to(tl.float32)
             if p_clip is not None:
                 x *= tl.load(p_clip)
             if p_first_buffer is not None:
                 buffer = tl.load(p_buffer, mask=mask, other=0)
                 x = ahead(buffer, x, number_of(p_momentum, MOMENTUM), NESTEROV)
-            store_part(p_work, p_part, x * first.to(tl.float32) * second, b_R, b_T)
+            store_part(p_work, p_part, p_matrix, x * first.to(tl.float32) * second, b_R, b_C, b_T)
         scale = tl.full((), 1, tl.float64)
     tl.store(p_scales + matrix, scale.to(tl.float32))
 
@@ -155,11 +161,12 @@ def scale_kernel(
 def add_product(
     product, p_left, p_right, left_step, right_step, K,
     LEFT_TRANSPOSED: tl.constexpr, RIGHT_TRANSPOSED: tl.constexpr, b_T: tl.constexpr, b_K: tl.constexpr,
+    PIPELINED: tl.constexpr,
 ):  # fmt: skip
     """Plus left tiles times right tiles, K of each, transposed where it says so; their steps are in tiles."""
     columns = tl.arange(0, b_T)[:, None] * b_T + tl.arange(0, b_K)[None, :]  # b_K columns of a tile
     rows = tl.arange(0, b_K)[:, None] * b_T + tl.arange(0, b_T)[None, :]  # b_K rows of a tile
-    for k in tl.range(0, K * b_T, b_K):
+    for k in tl.range(0, K * b_T, b_K, num_stages=PIPELINED):
         tile = k // b_T
         within = tl.multiple_of(k % b_T, b_K)
         p_left_tile = p_left + tile * left_step * (b_T * b_T)
@@ -188,6 +195,7 @@ def wait_for(p_counter, count):
 def newton_schulz_kernel(
     p_work, p_out, p_items, p_matrices, p_factors, p_scales, p_done, ITEMS,
     ADDS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr, b_T: tl.constexpr, b_K: tl.constexpr,
+    PIPELINED: tl.constexpr,
 ):  # fmt: skip
     """target = alpha * (the product of left and right tiles) + beta * added + gamma * identity, for every item.
 
@@ -234,11 +242,11 @@ def newton_schulz_kernel(
         # One after another, not one or the other: products of branches that meet would be waited for step by step.
         product = tl.zeros((b_T, b_T), tl.float32)
         if form == 0:
-            product = add_product(product, p_left, p_right, left_step, right_step, K, False, False, b_T, b_K)
+            product = add_product(product, p_left, p_right, left_step, right_step, K, False, False, b_T, b_K, PIPELINED)
         if form == 1:
-            product = add_product(product, p_left, p_right, left_step, right_step, K, False, True, b_T, b_K)
+            product = add_product(product, p_left, p_right, left_step, right_step, K, False, True, b_T, b_K, PIPELINED)
         if form == 2:
-            product = add_product(product, p_left, p_right, left_step, right_step, K, True, False, b_T, b_K)
+            product = add_product(product, p_left, p_right, left_step, right_step, K, True, False, b_T, b_K, PIPELINED)
 
         product *= alpha
         if ADDS:
@@ -318,7 +326,7 @@ def orthogonalize(
     table = _table(plan, batches, buffers)
     # the interpreter can neither multiply bfloat16 nor round to it
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    work = torch.empty(plan.workspace * TILE * TILE, dtype=dtype, device=device)
+    work = torch.empty(plan.workspace * plan.tile**2, dtype=dtype, device=device)
     out = torch.empty(plan.results, dtype=torch.bfloat16, device=device)
     matrices, parts, items = len(plan.rows), len(plan.parts), len(plan.items)
     sums = torch.empty(parts, dtype=torch.float64, device=device)
@@ -332,7 +340,7 @@ def orthogonalize(
         (parts,),
         (*given, done),
         (plan.counters, number),
-        (nesterov, plan.start_rows, TILE, next_power_of_2(cdiv(plan.counters, parts))),
+        (nesterov, plan.start_rows, LARGE, plan.tile, next_power_of_2(cdiv(plan.counters, parts))),
         num_warps=2,
     )
     launch(
@@ -340,14 +348,14 @@ def orthogonalize(
         (matrices,),
         (*given, scales),
         (number,),
-        (nesterov, *SAFE_NORMS, plan.start_rows, TILE, 128),
+        (nesterov, *SAFE_NORMS, plan.start_rows, LARGE, plan.tile, 128),
     )
     launch(
         newton_schulz_kernel,
         (min(_programs(device), items),),
         (work, out, plan.items, table, plan.factors, scales, done),
         (items,),
-        (plan.adds, math.gcd(ALIGNMENT, plan.columns), plan.alignment, TILE, DEPTH),
+        (plan.adds, math.gcd(ALIGNMENT, plan.columns), plan.alignment, plan.tile, DEPTH, PIPELINED[plan.tile]),
     )
     pieces = zip(shapes, plan.strides, plan.starts, strict=True)
     return [piece_of(out, *piece) for piece in pieces]

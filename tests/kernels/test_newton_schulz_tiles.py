@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from kernels import newton_schulz_plan as plan
 from kernels.muon_update import momentum_newton_schulz_
 from kernels.reference import NAMED_COEFFICIENTS
 
+TILE = plan.LARGE
 QUINTIC = NAMED_COEFFICIENTS["quintic"][0]
 # the square completed; not, because it would cancel, because it opens downwards, because there is none
 TRIPLES = ((2.0, -1.5, 0.5), (1.0, -3.0, 2.0), (3.0, 1.0, -2.0), (1.5, -0.5, 0.0))
@@ -25,8 +27,8 @@ def planned(shapes, coefficients, segments=None):
     """Places, stages, and how many tiles they take; in segments of these lengths, or in those that would be taken."""
     places, stages, first = [], [], 0
     for shape in shapes:
-        places.append(plan.place_of(*shape, first))
-        own = plan.stages_of(coefficients, segments or plan.segments_of(places[-1], coefficients))
+        places.append(plan.place_of(*shape, first, TILE))
+        own = plan.stages_of(coefficients, segments or plan.segments_of(*shape, coefficients))
         stages.append(own)
         first += plan.tiles_of(places[-1], own)
     return places, stages, first
@@ -51,7 +53,7 @@ def planned_shapes(request):
 @pytest.fixture(scope="module")
 def order(planned_shapes):
     places, stages, _ = planned_shapes
-    return plan.work_order(places, stages)
+    return plan.work_order(places, stages, TILE)
 
 
 def test_items_wait_for_what_comes_before_them(order):
@@ -101,14 +103,12 @@ def test_no_matrix_touches_anothers_tiles(planned_shapes, order):
 
 def test_long_segments_where_they_save():
     five = (QUINTIC,) * 5
-    lengths = {
-        shape: plan.segments_of(plan.place_of(*shape, 0), five) for shape in [(512, 512), (512, 1536), (512, 256)]
-    }
+    lengths = {shape: plan.segments_of(*shape, five) for shape in [(512, 512), (512, 1536), (512, 256)]}
     assert lengths == {(512, 512): (1,) * 5, (512, 1536): (3, 2), (512, 256): (3, 2)}
-    wide = plan.place_of(512, 1536, 0)
-    assert plan.segments_of(wide, (QUINTIC,) * 8) == (3, 2, 2, 1)
+    assert plan.segments_of(512, 1536, (QUINTIC,) * 8) == (3, 2, 2, 1)
     for usual in ((QUINTIC,) * 3, TRIPLES * 2, (*five, TRIPLES[0])):
-        assert plan.segments_of(wide, usual) == (1,) * len(usual)
+        assert plan.segments_of(512, 1536, usual) == (1,) * len(usual)
+    wide = plan.place_of(512, 1536, 0, TILE)
     saved = plan.cost_of(wide, plan.stages_of(five, (3, 2))) / plan.cost_of(wide, plan.stages_of(five, (1,) * 5))
     assert saved == pytest.approx(1184 / 1760)
 
@@ -125,7 +125,7 @@ def test_items_are_the_iteration(shape, segments):
     work[: rows * columns] = (x / scale).reshape(rows, 128, columns, 128).transpose(1, 2).reshape(-1, 128, 128)
     result = torch.full(shape, float("nan"), dtype=torch.float64)
     factors = plan.factors_of([stages])
-    for item in plan.work_order([place], [stages]):
+    for item in plan.work_order([place], [stages], TILE):
         form, left, left_step, right, right_step, count, added, target, mirror, number, _, row, column = item[:13]
         product = sum(FORMS[form](work[left + k * left_step], work[right + k * right_step]) for k in range(count))
         alpha, beta, gamma, power = factors[number]
@@ -155,6 +155,46 @@ def test_a_result_does_not_depend_on_the_rest_of_the_list(device):
     alone = [kernels.newton_schulz(matrix) for matrix in matrices]
     assert all(map(torch.equal, together, alone))
     assert all(map(torch.equal, turned, alone))
+
+
+@pytest.fixture
+def large_tiles(monkeypatch) -> Iterator[Callable[[], None]]:
+    """Has every later call take large tiles."""
+
+    def take() -> None:
+        monkeypatch.setattr(plan, "FEW", 0)
+        plan.plan_of.cache_clear()
+
+    yield take
+    plan.plan_of.cache_clear()
+
+
+def test_small_tiles_where_there_are_few():
+    five = (QUINTIC,) * 5
+    few = [(1, 1), (1024, 1024), (8, 512, 512), (64, 128, 128), (3, 2, 200, 200)]
+    many = [(2048, 2048), (64, 256, 256)]
+    assert {plan.tile_of([shape], five) for shape in few} == {plan.SMALL}
+    assert {plan.tile_of([shape], five) for shape in many} == {plan.LARGE}
+    assert plan.tile_of([(1, 1)] * 512, five) == plan.SMALL
+    assert plan.tile_of([(1, 1)] * 513, five) == plan.LARGE
+    long_segments = [(128, 512), (1, 1)]
+    assert plan.tile_of(long_segments, five) == plan.LARGE
+    assert plan.tile_of(long_segments, TRIPLES) == plan.SMALL
+
+
+@pytest.mark.usefixtures("triton_kernels", "poisoned_outputs")
+def test_small_tiles_give_the_bits_of_large_ones(device, large_tiles):
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((3, 33, 20), (130, 120), (20, 100), (128, 128), (65, 300), (300, 192))
+    matrices = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+
+    def both() -> list[torch.Tensor]:
+        coefficients = "polar_express"  # no long segments
+        return [*kernels.newton_schulz(matrices[:4]), *kernels.newton_schulz(matrices, coefficients=coefficients)]
+
+    small = both()
+    large_tiles()
+    assert all(map(torch.equal, small, both()))
 
 
 @pytest.mark.usefixtures("triton_kernels", "poisoned_outputs")
