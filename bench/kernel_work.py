@@ -3,8 +3,8 @@
 - Matrix products and fused attention, from the shapes of the op: inputs and output once, 2 m n k operations; half of
   attention's products under a causal mask, its backward with the scores computed again.
 - Inductor's kernels: the bytes that Inductor counts itself.
-- This project's Triton kernels: the bytes of their arguments, at most what is touched once, since a lookup may not need
-  every row of its table.
+- This project's Triton kernels: what they say (`kernels.launch`), or the bytes of their arguments, at most what is
+  touched once, since a lookup may not need every row of its table.
 - Copies and fills on the device.
 """
 
@@ -14,9 +14,10 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -106,39 +107,39 @@ def transfer_work(event: Mapping[str, Any]) -> Work | None:
 
 
 @contextmanager
-def watched_launches() -> Iterator[dict[str, list[float | None]]]:
-    """Yields a dictionary that fills with the bytes of the tensors each Triton kernel is given, launch by launch.
+def watched_launches() -> Iterator[dict[str, list[Work]]]:
+    """Yields a dictionary that fills with what each Triton kernel has to do, launch by launch."""
+    seen: dict[str, list[Work]] = {}
 
-    None for a launch over a list of matrices, which a table on the device holds instead of the arguments.
-    """
-    seen: dict[str, list[float | None]] = {}
-    original = launching.launch
+    def watch(original: Callable[..., None]) -> Callable[..., None]:
+        def watched(kernel: Any, grid: tuple[int, ...], arguments: tuple, *others: Any, **options: Any) -> None:
+            original(kernel, grid, arguments, *others, **options)
+            if 0 in grid:
+                return
+            if (counted := options.get("counted")) is not None:
+                moved, flops = counted()
+            else:
+                moved, flops = sum(tensor.nbytes for tensor in arguments if tensor is not None), 0.0
+            seen.setdefault(kernel.__name__, []).append(Work(float(moved), flops or None))
 
-    def watched(
-        kernel: Any, grid: tuple[int, ...], tensors: tuple, sizes: tuple[int, ...], constants: tuple, **options: int
-    ) -> None:
-        original(kernel, grid, tensors, sizes, constants, **options)
-        if 0 not in grid:
-            given = {name: each for name, each in zip(kernel.arg_names, tensors, strict=False) if each is not None}
-            listed = given.get("p_table") is not None and given["p_table"].dtype == torch.int64
-            size = None if listed else float(sum(each.nbytes for each in given.values()))
-            seen.setdefault(kernel.__name__, []).append(size)
+        return watched
 
-    # Its own module keeps it: there it calls itself, for the device of the tensors, and would count twice.
+    # Their own module keeps them: there one calls itself, for the device of the tensors, and would count twice.
+    originals = {each: watch(each) for each in (launching.launch, launching.launch_with_descriptors)}
     places = [
-        (module, name)
+        (module, name, value)
         for path, module in list(sys.modules.items())
         if path.startswith("kernels.") and module is not launching
         for name, value in vars(module).items()
-        if value is original
+        if isinstance(value, FunctionType) and value in originals
     ]
     try:
-        for module, name in places:
-            setattr(module, name, watched)
+        for module, name, value in places:
+            setattr(module, name, originals[value])
         yield seen
     finally:
-        for module, name in places:
-            setattr(module, name, original)
+        for module, name, value in places:
+            setattr(module, name, value)
 
 
 @contextmanager

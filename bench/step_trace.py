@@ -85,7 +85,7 @@ class _Call:
 def analyse(
     events: Iterable[Event],
     machine: Ceilings,
-    launches: Mapping[str, Sequence[float | None]],
+    launches: Mapping[str, Sequence[Work]],
     inductor: Mapping[str, float | None],
 ) -> Breakdown:
     """What the steps in a trace spend their time on.
@@ -93,7 +93,7 @@ def analyse(
     Args:
         events: the `traceEvents` of a Chrome trace of whole steps, with shapes.
         machine: its ceilings.
-        launches: bytes of each launch of one step by kernel, in their order, as `watched_launches` gives them.
+        launches: the work of each launch of one step by kernel, in their order, as `watched_launches` gives them.
         inductor: bytes of a call by Inductor's kernel, as `inductor_bytes` gives them.
 
     Raises:
@@ -264,19 +264,18 @@ def _set_work_of_inductor(calls: list[_Call], inductor: Mapping[str, float | Non
             call.work = None if moved is None else Work(moved)
 
 
-def _set_work_of_launches(calls: list[_Call], launches: Mapping[str, Sequence[float | None]], steps: int) -> None:
-    """Gives every call of a kernel the bytes of the launch of the same number within a step."""
+def _set_work_of_launches(calls: list[_Call], launches: Mapping[str, Sequence[Work]], steps: int) -> None:
+    """Gives every call of a kernel the work of the launch of the same number within a step."""
     by_kernel: dict[str, list[_Call]] = {}
     for call in calls:
         if call.category == TRITON:
             by_kernel.setdefault(call.kernel, []).append(call)
     for kernel, several in by_kernel.items():
-        moved = launches[kernel]
-        if len(several) != steps * len(moved) or any(call.launched is None for call in several):
+        works = launches[kernel]
+        if len(several) != steps * len(works) or any(call.launched is None for call in several):
             continue
         for index, call in enumerate(sorted(several, key=lambda call: call.launched)):
-            size = moved[index % len(moved)]
-            call.work = None if size is None else Work(size)
+            call.work = works[index % len(works)]
 
 
 def _span(running: list[tuple[float, float]]) -> tuple[float, float]:

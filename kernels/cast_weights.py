@@ -128,7 +128,12 @@ _tables = KeptTables()
 
 
 def _launch(
-    kernel: Any, tensors: tuple[Tensor | None, ...], table: list[tuple[int, ...]], dtype: torch.dtype, itemsize: int
+    kernel: Any,
+    tensors: tuple[Tensor | None, ...],
+    table: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    itemsize: int,
+    touched: Sequence[Tensor],
 ) -> None:
     """Starts a kernel on matrices of `dtype`; `itemsize` is that of the widest dtype that it reads or writes."""
     device = tensors[0].device
@@ -139,7 +144,15 @@ def _launch(
     vector = math.gcd(16 // itemsize, *widths)
     constants = (compute_dtype(dtype), vector, b_R, b_C)
     tensors = (*tensors, blocks, _tables.on(device, table))
-    launch(kernel, (len(blocks),), tensors, (), constants, num_warps=num_warps)
+    launch(
+        kernel,
+        (len(blocks),),
+        tensors,
+        (),
+        constants,
+        num_warps=num_warps,
+        counted=lambda: (sum(each.nbytes for each in touched), 0.0),
+    )
 
 
 def _results(
@@ -177,7 +190,8 @@ def _run(
             table.append((*matrix.shape, matrix.data_ptr(), address, scale_address))
             address += matrix.numel() * dtype.itemsize
     tensors = (matrices[0], scales[0] if scales else None, results[0])
-    _launch(cast_weights_fwd_kernel, tensors, table, matrices[0].dtype, max(matrices[0].itemsize, dtype.itemsize))
+    itemsize, touched = max(matrices[0].itemsize, dtype.itemsize), (*matrices, *scales, *results)
+    _launch(cast_weights_fwd_kernel, tensors, table, matrices[0].dtype, itemsize, touched)
     return results
 
 
@@ -238,7 +252,8 @@ def _run_backward(
     given = next(grad for grad in grads if grad is not None)
     # without scales, the gradients are the matrices'
     tensors = (given, weights[0] if weights else found[0], scales[0] if scales else None)
-    _launch(cast_weights_bwd_kernel, tensors, table, dtype, max(given.itemsize, dtype.itemsize))
+    touched = [*weights, *scales, *found, *[grad for grad in grads if grad is not None]]
+    _launch(cast_weights_bwd_kernel, tensors, table, dtype, max(given.itemsize, dtype.itemsize), touched)
     return found
 
 

@@ -9,6 +9,7 @@ Shapes: N matrices, padded to b_N; R rows, C columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -75,6 +76,7 @@ class _Group(NamedTuple):
     work: Work  # of its first matrix: the kernel, the constants and the warps are the same for all
     first: int  # which matrix that is
     programs: int
+    moved: int  # bytes read and written
     table: Tensor
 
 
@@ -143,9 +145,18 @@ def run_all(plan: Callable[..., Work], arguments: list[tuple]) -> list[list[Tens
     # all that a table holds is in the key
     batch = _batches.get(device, (plan, *map(tuple, traits)), lambda: _prepare(plan, arguments, device))
     flats = [torch.empty(size, dtype=dtype, device=device) for size, dtype in batch.sizes]
-    for work, first, programs, table in batch.groups:
+    for work, first, programs, moved, table in batch.groups:
         tensors = (*_tensors(arguments[first]), *flats, table)
-        launch(work.kernel, (programs,), tensors, (0, 0), (*work.constants, batch.b_N), num_warps=work.num_warps)
+        constants = (*work.constants, batch.b_N)
+        launch(
+            work.kernel,
+            (programs,),
+            tensors,
+            (0, 0),
+            constants,
+            num_warps=work.num_warps,
+            counted=lambda moved=moved: (moved, 0.0),
+        )
     return [[piece_of(flat, *part) for part in parts] for flat, parts in zip(flats, batch.parts, strict=True)]
 
 
@@ -164,7 +175,7 @@ def _prepare(plan: Callable[..., Work], arguments: list[tuple], device: torch.de
         members.setdefault((work.kernel, work.constants, work.num_warps, input_dtypes), []).append(index)
 
     b_N = next_power_of_2(max(map(len, members.values())))
-    tables, totals = [], []
+    tables, totals, moved = [], [], []
     for indices in members.values():
         columns, programs = [], 0
         for index in indices:
@@ -176,12 +187,19 @@ def _prepare(plan: Callable[..., Work], arguments: list[tuple], device: torch.de
         columns += [[programs] * len(columns[0])] * (b_N - len(columns))
         tables.append(list(zip(*columns, strict=True)))
         totals.append(programs)
+        moved.append(sum(_bytes(works[index], arguments[index]) for index in indices))
     on_device = table_on(device, tables, torch.int64)
     groups = [
-        _Group(works[indices[0]], indices[0], programs, table)
-        for indices, programs, table in zip(members.values(), totals, on_device, strict=True)
+        _Group(works[indices[0]], indices[0], *of_group)
+        for indices, *of_group in zip(members.values(), totals, moved, on_device, strict=True)
     ]
     return _Batch(groups, list(zip(ends, dtypes, strict=True)), parts, b_N)
+
+
+def _bytes(work: Work, values: tuple) -> int:
+    """That the inputs and results of one matrix have."""
+    results = sum(math.prod(shape) * dtype.itemsize for shape, dtype in work.results)
+    return sum(tensor.nbytes for tensor in _tensors(values)) + results
 
 
 def _tensors(values: tuple) -> list[Tensor]:

@@ -7,6 +7,7 @@ in `do_not_specialize`, then its compile-time constants. `launch` counts on that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ MAX_ROWS = 2**30
 MAX_COLUMNS = 2**20  # of a row that a program has whole: Triton's largest tile
 VECTOR = 16  # bytes of the widest load, and what the copy engine's addresses and strides are multiples of
 
+# What a kernel has to do at least: bytes read and written, operations of products. For who watches launches
+# (`bench.kernel_work`); nothing here calls it.
+Counted = Callable[[], tuple[float, float]]
+
 _compiled: dict[tuple, tuple] = {}
 
 
@@ -41,8 +46,11 @@ def launch(
     constants: tuple,
     *,
     num_warps: int = 4,
+    counted: Counted | None = None,
 ) -> None:
     """`kernel[grid](*tensors, *sizes, *constants)` on the device of the first tensor.
+
+    `counted` is given where that is not to touch these tensors once, and nothing more.
 
     Triton's own start of a kernel looks at every argument anew, which takes the host longer than the smaller
     kernels run. So what was compiled for these dtypes, constants and 16-byte aligned tensors is kept and started
@@ -62,7 +70,7 @@ def launch(
         return
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, tensors, sizes, constants, num_warps=num_warps)
+            launch(kernel, grid, tensors, sizes, constants, num_warps=num_warps, counted=counted)
         return
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     misaligned = 0
@@ -83,6 +91,21 @@ def launch(
     stream = triton.runtime.driver.active.get_current_stream(device)
     x, y, z = (*grid, 1, 1)[:3]
     run(x, y, z, stream, function, metadata, None, None, None, *pointers, *sizes, *constants)
+
+
+def launch_with_descriptors(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple,
+    device: torch.device,
+    *,
+    num_warps: int,
+    num_stages: int,
+    counted: Counted,
+) -> None:
+    """`kernel[grid](*arguments)` by Triton's own launcher, for kernels that the copy engine's descriptors go to."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
 
 
 @triton.jit

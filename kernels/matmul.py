@@ -1,20 +1,18 @@
 """A matrix product whose result is finished before it is written: squared, added to, multiplied by a derivative.
 
-Its kernel takes descriptors, which the copy engine reads, so it is started by Triton's own launcher, not by `launch`.
-
 Shapes: M rows, N columns of the result, K summed over.
 """
 
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.launch import MAX_ROWS, VECTOR, aligned, cdiv, tl, triton
+from kernels.launch import MAX_ROWS, VECTOR, aligned, cdiv, launch_with_descriptors, tl, triton
 from kernels.tuning import Product, products
 
 try:
@@ -109,9 +107,21 @@ def matmul(
         *(descriptor(a_MK, [b_M, b_K]), descriptor(b, [b_N, b_K] if b_transposed else [b_K, b_N]), d_other, d_c),
         *(rows, columns, depth, epilogue, b_transposed, tile.flatten, not a_MK.is_cuda, b_M, b_N, b_K),
     )
-    with torch.cuda.device(a_MK.device) if a_MK.is_cuda else nullcontext():
-        matmul_kernel[grid](*arguments, num_warps=tile.num_warps, num_stages=tile.stages)
+    launch_with_descriptors(
+        matmul_kernel,
+        grid,
+        arguments,
+        a_MK.device,
+        num_warps=tile.num_warps,
+        num_stages=tile.stages,
+        counted=lambda: work_of_product(rows, columns, depth, (a_MK, b, other_MN, c_MN)),
+    )
     return c_MN
+
+
+def work_of_product(rows: int, columns: int, depth: int, tensors: Sequence[Tensor | None]) -> tuple[float, float]:
+    """Bytes and operations of a product that touches these tensors once."""
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None), 2.0 * rows * columns * depth
 
 
 def descriptor(tensor: Tensor, block: list[int]) -> Any:

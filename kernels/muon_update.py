@@ -169,4 +169,5 @@ def _muon_update_(
         (number, float(weight_decay)),
         (VECTOR, CHUNK),
         num_warps=8,
+        counted=lambda: (sum(sizes) * (2 * weights[0].itemsize + updates[0].itemsize), 0.0),
     )

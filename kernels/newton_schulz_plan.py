@@ -232,6 +232,7 @@ class Plan(NamedTuple):
     columns: int  # a divisor of every N
     alignment: int  # a divisor of where every result begins
     workspace: int  # tiles
+    products: int  # of two tiles
     results: int  # elements
     start_rows: int  # of a part
     tile: int  # its side
@@ -274,6 +275,7 @@ def plan_of(shapes: tuple[tuple[int, ...], ...], coefficients: tuple[Triple, ...
         columns=math.gcd(*[N for *_, N in shapes]),
         alignment=math.gcd(ALIGNMENT, *[row[5] for row in rows]),
         workspace=workspace,
+        products=sum(map(cost_of, places, stages)),
         results=results,
         start_rows=start_rows,
         tile=tile,

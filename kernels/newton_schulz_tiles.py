@@ -342,6 +342,10 @@ def orthogonalize(
         (plan.counters, number),
         (nesterov, plan.start_rows, LARGE, plan.tile, next_power_of_2(cdiv(plan.counters, parts))),
         num_warps=2,
+        counted=lambda: (
+            sum(x.nbytes for x in (*batches, *buffers, *buffers)) + parts * plan.start_rows * LARGE * work.itemsize,
+            0.0,
+        ),
     )
     launch(
         scale_kernel,
@@ -349,6 +353,7 @@ def orthogonalize(
         (*given, scales),
         (number,),
         (nesterov, *SAFE_NORMS, plan.start_rows, LARGE, plan.tile, 128),
+        counted=lambda: (sums.nbytes + scales.nbytes, 0.0),
     )
     launch(
         newton_schulz_kernel,
@@ -356,6 +361,7 @@ def orthogonalize(
         (work, out, plan.items, table, plan.factors, scales, done),
         (items,),
         (plan.adds, math.gcd(ALIGNMENT, plan.columns), plan.alignment, plan.tile, DEPTH, PIPELINED[plan.tile]),
+        counted=lambda: (work.nbytes + out.nbytes + plan.items.nbytes, 2.0 * plan.tile**3 * plan.products),
     )
     pieces = zip(shapes, plan.strides, plan.starts, strict=True)
     return [piece_of(out, *piece) for piece in pieces]

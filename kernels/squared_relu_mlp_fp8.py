@@ -9,15 +9,14 @@ columns of a product, K summed over.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.launch import MAX_COLUMNS, MAX_ROWS, VECTOR, aligned, cdiv, launch, tl, triton
-from kernels.matmul import descriptor, processors, takes
+from kernels.launch import MAX_COLUMNS, MAX_ROWS, VECTOR, aligned, cdiv, launch, launch_with_descriptors, tl, triton
+from kernels.matmul import descriptor, processors, takes, work_of_product
 from kernels.reference import FP8_NORM
 from kernels.registration import register
 from kernels.squared_relu_mlp import check_mlp, setup_context
@@ -185,8 +184,15 @@ def _product_of_rows(
         *(None if tensor is None else descriptor(tensor, half) for tensor in finished),
         *(*row_norms, *column_norms, M, N, K, epilogue, FP8_NORM, size.flatten, not a_MK.is_cuda, b_M, b_N, b_K),
     )
-    with torch.cuda.device(a_MK.device) if a_MK.is_cuda else nullcontext():
-        product_of_rows_kernel[grid](*arguments, num_warps=size.num_warps, num_stages=size.stages)
+    launch_with_descriptors(
+        product_of_rows_kernel,
+        grid,
+        arguments,
+        a_MK.device,
+        num_warps=size.num_warps,
+        num_stages=size.stages,
+        counted=lambda: work_of_product(M, N, K, (a_MK, b_NK, *finished)),
+    )
     return c_MN, rounded_MN, hidden_MN
 
 

@@ -8,8 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from bench.kernel_work import inductor_bytes, operation_work, transfer_work, watched_launches
+from bench.kernel_work import Work, inductor_bytes, operation_work, transfer_work, watched_launches
 from kernels import launch
+from kernels.clipping import square_sums
+from kernels.muon_update import momentum_newton_schulz_, muon_update_
 
 QUERY, KEY = [2, 4, 8, 16], [2, 2, 8, 16]  # 1,024 and 512 elements
 
@@ -142,19 +144,65 @@ def test_launches_are_watched_and_let_go():
         kernels.smear_gate(x[:1], gate)
         kernels.smear_gate(x[:0], gate)
     kernels.smear_gate(x, gate)
-    assert seen == {"smear_gate_fwd_kernel": [4 * (48 + 8 + 48), 4 * (24 + 8 + 24)]}
+    assert seen == {"smear_gate_fwd_kernel": [Work(4.0 * (48 + 8 + 48)), Work(4.0 * (24 + 8 + 24))]}
     torch.testing.assert_close(y[:, 1:], (x[:, 1:] + x[:, :-1]) / 2)
     assert SMEAR_GATE.launch is before is launch.launch
 
 
 @pytest.mark.usefixtures("triton_kernels")
-def test_a_launch_over_a_list_says_nothing_of_its_bytes():
+def test_a_launch_over_a_list_counts_all_of_it():
     matrices = [torch.randn(4, 8, device=DEVICE), torch.randn(2, 8, device=DEVICE)]
+    weights = [torch.randn(4, 8, device=DEVICE), torch.randn(2, 8, device=DEVICE)]
+    scales = [None, torch.ones(2, device=DEVICE, requires_grad=True)]
     with watched_launches() as seen:
         kernels.quantize_int6(matrices[0])
         kernels.quantize_int6(matrices)
-        kernels.cast_weights(matrices, torch.bfloat16)
-    assert seen == {"quantize_int6_kernel": [4 * 32 + 32 + 2 * 4, None], "cast_weights_fwd_kernel": [None]}
+        _, second = kernels.cast_weights(matrices, torch.bfloat16, scales=scales)
+        second.sum().backward()
+        square_sums(matrices)
+        muon_update_(weights, matrices, [1.0, 1.0], lr=0.1, weight_decay=0.0)
+    assert seen == {
+        "quantize_int6_kernel": [Work(4.0 * 32 + 32 + 2 * 4), Work(4.0 * 48 + 48 + 2 * 6)],
+        "cast_weights_fwd_kernel": [Work(4.0 * 48 + 4 * 2 + 2 * 48)],
+        # the upstream gradient, the matrix, its scale, and the gradient of that
+        "cast_weights_bwd_kernel": [Work(2.0 * 16 + 4 * 16 + 4 * 2 + 4 * 2)],
+        "square_sums_kernel": [Work(4.0 * 48)],
+        "muon_update_kernel": [Work(3.0 * 4 * 48)],
+    }
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_products_count_their_operations():
+    x, up, down = (
+        torch.randn(*shape, dtype=torch.bfloat16, device=DEVICE) for shape in ((1, 32, 16), (64, 16), (16, 64))
+    )
+    with watched_launches() as seen:
+        kernels.squared_relu_mlp(x, up, down)
+    hidden = 2.0 * 32 * 64
+    product = 2.0 * 32 * 64 * 16
+    assert seen == {
+        "matmul_kernel": [
+            Work(x.nbytes + up.nbytes + hidden, product),
+            Work(hidden + down.nbytes + x.nbytes, product),
+        ]
+    }
+    with watched_launches() as seen:
+        kernels.newton_schulz([torch.randn(130, 64, device=DEVICE), torch.randn(3, 5, device=DEVICE)], steps=2)
+    # of each matrix on its short side, tiles of 64: three products an iteration, the last of as many tiles as X
+    tiles = 2 * ((3 + 1 + 3) + (1 + 1 + 1))
+    assert [work.flops for work in seen["newton_schulz_kernel"]] == [2.0 * 64**3 * tiles]
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_muon_counts_gradients_and_momenta():
+    matrices = [torch.randn(4, 8, device=DEVICE), torch.randn(2, 8, device=DEVICE)]
+    buffers = [torch.zeros_like(matrix) for matrix in matrices]
+    with watched_launches() as seen:
+        momentum_newton_schulz_(buffers, matrices, momentum=0.9, nesterov=True)
+    (start,), (scale,) = seen["start_kernel"], seen["scale_kernel"]
+    padded = 2 * 64 * 128 * (2 if DEVICE.type == "cuda" else 4)
+    assert start == Work(4.0 * 48 * 3 + padded)
+    assert scale.bytes < 2000
 
 
 def test_launches_are_let_go_after_an_error():

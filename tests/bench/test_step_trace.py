@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bench.ceilings import Ceilings
+from bench.kernel_work import Work
 from bench.step_trace import analyse
 
 MACHINE = Ceilings(bytes_per_second=1e9, flops_per_second=1e10)
@@ -102,7 +103,7 @@ TRACE = [
     *step_on_a_gpu(1000.0, 0),
     *step_on_a_gpu(1300.0, 100),
 ]
-LAUNCHES = {"smear_gate_fwd_kernel": [4000.0]}
+LAUNCHES = {"smear_gate_fwd_kernel": [Work(4000.0)]}
 INDUCTOR = {"triton_poi_fused_add_0": 2500.0}
 
 
@@ -179,7 +180,7 @@ def test_where_a_name_says_too_little_the_launch_of_an_inductor_kernel_does():
     assert row.bytes == pytest.approx(3000)
 
 
-@pytest.mark.parametrize("launches", [[4000.0, 100.0], [None]])
+@pytest.mark.parametrize("launches", [[Work(4000.0), Work(100.0)], []])
 def test_launches_that_do_not_match_the_trace_leave_bytes_unknown(launches):
     found = analyse(TRACE, MACHINE, {"smear_gate_fwd_kernel": launches}, {})
     (row,) = [row for row in found.rows if row.kernel == "smear_gate_fwd_kernel"]
@@ -201,7 +202,7 @@ def test_launches_of_one_kernel_are_told_apart_by_their_order():
             ),
         ]
 
-    found = analyse([*twice(0.0, 0), *twice(200.0, 10)], MACHINE, {"twice_kernel": [1000.0, 300.0]}, {})
+    found = analyse([*twice(0.0, 0), *twice(200.0, 10)], MACHINE, {"twice_kernel": [Work(1000.0), Work(300.0)]}, {})
     assert {row.stage: row.bytes for row in found.rows} == {"forward": 1000, "backward": 300}
 
 
