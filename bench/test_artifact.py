@@ -11,7 +11,7 @@ import torch
 from bench.ceilings import Ceilings
 from bench.comparison import Row
 from bench.timing import wall
-from golfmodel.artifact.container import read_artifact, write_artifact
+from golfmodel.artifact.container import Artifact, read_artifact, write_artifact
 from golfmodel.artifact.readback import pack_model, unpack_model
 from golfmodel.config import resolve
 from golfmodel.model.gpt import GPT
@@ -32,18 +32,29 @@ def model(device: torch.device) -> GPT:
     return model
 
 
+@pytest.fixture(scope="module")
+def artifact(model: GPT) -> Artifact:
+    return pack_model(model, "0" * 64)
+
+
+@pytest.fixture(scope="module")
+def path(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the file that is there already: at level 22 each takes many seconds."""
+    path = tmp_path_factory.mktemp("artifact") / "model.golf"
+    write_artifact(path, artifact)
+    return path
+
+
 @pytest.mark.parametrize("part", ROUNDS)
 def test_artifact(
     part: str,
     model: GPT,
+    artifact: Artifact,
+    path: Path,
     device: torch.device,
     ceilings: Ceilings,
-    tmp_path: Path,
     record: Callable[[Row], None],
 ) -> None:
-    path = tmp_path / "model.golf"
-    artifact = pack_model(model, "0" * 64)
-    written = write_artifact(path, artifact)
     functions = {
         "quantize": lambda: pack_model(model, "0" * 64),
         "write": lambda: write_artifact(path, artifact),
@@ -53,7 +64,7 @@ def test_artifact(
         Row(
             suite="artifact",
             name="artifact",
-            shape=f"{written / 1e6:.1f} MB",
+            shape=f"{path.stat().st_size / 1e6:.1f} MB",
             dtype="int6",
             part=part,
             provider="auto",
