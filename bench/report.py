@@ -175,13 +175,25 @@ def draw(results: Results, profile: dict[str, Any] | None) -> dict[str, bytes]:
     pictures = {}
     counted = [row for row in rows if row["suite"] == "op" and row["fraction_of_ceiling"] is not None]
     if counted:
-        pictures["roofline.png"] = _roofline(counted, results.described)
+        pictures["roofline.png"] = _roofline(of_the_model(counted), results.described)
     if profile is not None:
         pictures["breakdown.png"] = _breakdown(profile)
     grown = [row for name, row in results.rows.items() if "::test_step_of_tokens[" in name]
     if len(grown) > 1:
         pictures["tokens.png"] = _tokens(grown, results.described)
     return pictures
+
+
+def of_the_model(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows at each op's last shape, which is the model's; what is added to a shape, as in `48x2048+skip`, is kept
+    apart. All shapes would make a picture that nobody can read.
+    """
+
+    def kind(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["name"], row["part"], row["shape"].partition("+")[2]
+
+    last = {kind(row): row["shape"] for row in rows}
+    return [row for row in rows if row["shape"] == last[kind(row)]]
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -122,3 +122,17 @@ def test_a_baseline_is_named_after_gpu_and_versions():
     found = {"gpu": "NVIDIA H200", "torch": "2.11.0+cu130", "triton": "3.6.0"}
     assert baseline_path(found).name == "NVIDIA-H200-torch2.11.0-cu130-triton3.6.0.json"
     assert baseline_path({**found, "gpu": None, "triton": None}).name == "CPU-torch2.11.0-cu130-triton-none.json"
+
+
+def test_the_roofline_shows_each_op_at_the_models_shape():
+    shapes = [("a", "2x3", "forward"), ("a", "2x3", "backward"), ("a", "4x3", "forward"), ("a", "4x3", "backward")]
+    shapes += [
+        ("a", "2x3+skip", "forward"),
+        ("a", "4x3+skip", "forward"),
+        ("b", "7", "forward"),
+        ("b", "model", "forward"),
+    ]
+    rows = [dict(zip(("name", "shape", "part"), each, strict=True), provider=by) for each in shapes for by in "xy"]
+    shown = {(row["name"], row["shape"], row["part"], row["provider"]) for row in report.of_the_model(rows)}
+    kept = [("a", "4x3", "forward"), ("a", "4x3", "backward"), ("a", "4x3+skip", "forward"), ("b", "model", "forward")]
+    assert shown == {(*each, by) for each in kept for by in "xy"}
