@@ -53,6 +53,14 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, for what an autograd function returns.
+
+    Where that is `x.to` the dtype x has, torch.compile of PyTorch 2.11 makes all of the function's gradients zero.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def smear_gate(x_BTD: Tensor, gate_D: Tensor, document_start_BT: Tensor | None = None) -> Tensor:
     """y_i = (1 - g) * x_i + g * x_{i-1}, g = sigmoid(gate), with x_{-1} = 0 at every document start."""
     dtype = _compute_dtype(x_BTD.dtype)
@@ -184,10 +192,7 @@ def squared_relu_mlp_fp8_forward(
     y_BTD = (y_ND * (x_norm_N.square()[:, None] * down_norm_D / FP8_NORM**2)).view(x_BTD.shape)
     if residual_BTD is not None:
         y_BTD = residual_BTD + y_BTD
-    # Of an autograd function that returns a cast to the dtype it has, PyTorch 2.11 compiles gradients of zero.
-    if y_BTD.dtype != x_BTD.dtype:
-        y_BTD = y_BTD.to(x_BTD.dtype)
-    return y_BTD, squares_NH, x_norm_N, up_norm_H
+    return _cast(y_BTD, x_BTD.dtype), squares_NH, x_norm_N, up_norm_H
 
 
 def squared_relu_mlp_fp8_backward(
@@ -289,7 +294,7 @@ def quantize_int6(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_int6(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """float32(codes) * float32(scale), cast to `dtype`; the product needs 17 bits, so it is exact."""
-    return (codes.to(torch.float32) * scale.to(torch.float32).unsqueeze(1)).to(dtype)
+    return _cast(codes.to(torch.float32) * scale.to(torch.float32).unsqueeze(1), dtype)
 
 
 class _FakeQuantizeInt6(torch.autograd.Function):

@@ -303,14 +303,15 @@ def test_inputs_are_left_alone_and_not_returned(device):
     assert storages.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in results)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-def test_compiled_fake_quantize_equals_eager(weight_dtype, device, compiled):
+def test_compiled_fake_quantize_equals_eager(weight_dtype, dtype, device, compiled):
     weight = make((5, 13), weight_dtype, device)
-    upstream = make((5, 13), torch.bfloat16, device, seed=1)
+    upstream = make((5, 13), dtype, device, seed=1)
     results = []
     for function in (kernels.fake_quantize_int6, compiled(kernels.fake_quantize_int6)):
         leaf = weight.clone().requires_grad_()
-        fake = function(leaf, torch.bfloat16)
+        fake = function(leaf, dtype)
         results.append((fake, *torch.autograd.grad(fake, leaf, upstream)))
     assert all(map(torch.equal, *results))
     assert torch.equal(results[1][1], upstream.to(weight_dtype))
