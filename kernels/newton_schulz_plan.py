@@ -30,8 +30,11 @@ from kernels.launch import cdiv
 from kernels.reference import NAMED_COEFFICIENTS, Triple
 
 SMALL, LARGE = 64, 128  # sides of a tile
-FEW = 512  # small tiles: on an H100, of which 264 are worked on at once, 8 matrices of 512 a side still gain
-START_ROWS = {"cuda": 8, "cpu": 64}  # that one program copies; the interpreter is slow to start one
+FEW = 512  # small tiles: an H100 works on 264 at once, and up to here small ones were the faster
+# Rows and columns that one program copies, whatever the tiles: the order in which squares are summed for a norm must
+# not depend on them. The rows divide a tile's; the interpreter is slow to start a program.
+START_ROWS = {"cuda": 8, "cpu": 64}
+START_COLUMNS = LARGE
 ALIGNMENT = 8  # elements: every result starts at a multiple of 16 bytes
 # Buffers of a matrix: X, X after an update; squares: R, P R, and three that P and the product of all P take in turn.
 X, R, PR, P = (0, 1), 2, 3, (4, 5, 6)
@@ -136,6 +139,15 @@ def cost_of(place: Place, stages: Sequence[Stage]) -> int:
     return sum(place.count(stage) * place.depth(stage) for stage in stages)
 
 
+def operations_of(M: int, N: int, stages: Sequence[Stage]) -> float:
+    """Additions and multiplications of a matrix's products, without padding, one triangle of the symmetric ones."""
+    short, long = sorted((M, N))
+    return sum(
+        2.0 * (short * (short + 1) // 2 if stage.is_symmetric else M * N) * (long if stage.left in X else short)
+        for stage in stages
+    )
+
+
 def segments_of(M: int, N: int, coefficients: tuple[Triple, ...]) -> tuple[int, ...]:
     """The lengths of the segments in which a matrix takes its iterations, whatever the tiles.
 
@@ -154,10 +166,12 @@ def segments_of(M: int, N: int, coefficients: tuple[Triple, ...]) -> tuple[int, 
 
 
 def tile_of(shapes: Sequence[tuple[int, ...]], coefficients: tuple[Triple, ...]) -> int:
-    """The side of a call's tiles: small where there are few, which then take less time one after another.
+    """The side of all tiles of a call: small where there are few of them, large where one matrix has a long segment.
 
-    A matrix's result has the same bits either way. Only in the usual form, in which what is computed of a square on one
-    side of the diagonal is what would be computed on the other; so no call with a longer segment has small tiles.
+    Few large tiles leave most of the device idle. A matrix has the same result either way, to the bit, but in a long
+    segment: there squares are products of unlike matrices, whose two triangles are rounded differently, and the tiles
+    decide which of them a diagonal tile's lower half is. So with the quintic no list in which some matrix is twice as
+    long as wide has small tiles.
     """
     usual = (1,) * len(coefficients)
     if any(segments_of(M, N, coefficients) != usual for *_, M, N in shapes):
@@ -232,17 +246,19 @@ class Plan(NamedTuple):
     columns: int  # a divisor of every N
     alignment: int  # a divisor of where every result begins
     workspace: int  # tiles
-    products: int  # of two tiles
+    copied: int  # tiles of it that the matrices take as they are given
+    operations: float
     results: int  # elements
     start_rows: int  # of a part
-    tile: int  # its side
+    tile: int  # the side of every tile
 
 
 @kept_tables
 def plan_of(shapes: tuple[tuple[int, ...], ...], coefficients: tuple[Triple, ...], device: torch.device) -> Plan:
     """For contiguous tensors [M, N] or [batch, M, N], and a triple for each iteration."""
     rows, parts, places, stages, starts, strides = [], [], [], [], [], []
-    workspace = results = 0
+    workspace = results = copied = 0
+    operations = 0.0
     start_rows, tile = START_ROWS[device.type], tile_of(shapes, coefficients)
     for *batch, M, N in shapes:
         strides.append((*[M * N for _ in batch], N, 1))
@@ -255,8 +271,10 @@ def plan_of(shapes: tuple[tuple[int, ...], ...], coefficients: tuple[Triple, ...
             first_part = len(parts)
             for row in range(0, place.rows * tile, start_rows):
                 first = place.buffer(X[0]) + row // tile * place.columns
-                parts += [(matrix, row, column, first + column // tile) for column in range(0, N, LARGE)]
+                parts += [(matrix, row, column, first + column // tile) for column in range(0, N, START_COLUMNS)]
             rows.append([0, M, N, first_part, len(parts) - first_part, results, 0])
+            copied += place.rows * place.columns
+            operations += operations_of(M, N, own)
             places.append(place)
             stages.append(own)
             workspace += tiles_of(place, own)
@@ -275,7 +293,8 @@ def plan_of(shapes: tuple[tuple[int, ...], ...], coefficients: tuple[Triple, ...
         columns=math.gcd(*[N for *_, N in shapes]),
         alignment=math.gcd(ALIGNMENT, *[row[5] for row in rows]),
         workspace=workspace,
-        products=sum(map(cost_of, places, stages)),
+        copied=copied,
+        operations=operations,
         results=results,
         start_rows=start_rows,
         tile=tile,

@@ -32,11 +32,11 @@ from torch import Tensor
 
 from kernels.addresses import table_on, typed_pointer
 from kernels.launch import cdiv, launch, number_of, piece_of, tensor_and_number, tl, triton
-from kernels.newton_schulz_plan import ALIGNMENT, LARGE, SMALL, Plan, plan_of
+from kernels.newton_schulz_plan import ALIGNMENT, LARGE, SMALL, START_COLUMNS, Plan, plan_of
 from kernels.reference import Triple
 from kernels.tuning import next_power_of_2
 
-DEPTH = 64  # of a step along the inner dimension of a product
+DEPTH = 64  # of a step along the inner dimension of a product; divides every tile's side
 # Steps of a product that are on their way at once. A few small tiles leave memory's latency bare, and have the room.
 PIPELINED = {SMALL: 6, LARGE: 3}
 SAFE_NORMS = (2.0**-40, 2.0**50)  # of a matrix as it is given, so that products of its elements are normal float32
@@ -333,6 +333,7 @@ def orthogonalize(
     scales = torch.empty(matrices, dtype=torch.float32, device=device)
     done = torch.empty(plan.counters, dtype=torch.int32, device=device)
 
+    copied = plan.copied * plan.tile**2 * work.itemsize
     tensor, number = tensor_and_number(factor)
     given = (batches[0], buffers[0] if buffers else None, tensor, clip, plan.parts, table, sums, work)
     launch(
@@ -340,19 +341,16 @@ def orthogonalize(
         (parts,),
         (*given, done),
         (plan.counters, number),
-        (nesterov, plan.start_rows, LARGE, plan.tile, next_power_of_2(cdiv(plan.counters, parts))),
+        (nesterov, plan.start_rows, START_COLUMNS, plan.tile, next_power_of_2(cdiv(plan.counters, parts))),
         num_warps=2,
-        counted=lambda: (
-            sum(x.nbytes for x in (*batches, *buffers, *buffers)) + parts * plan.start_rows * LARGE * work.itemsize,
-            0.0,
-        ),
+        counted=lambda: (sum(x.nbytes for x in (*batches, *buffers, *buffers)) + copied, 0.0),
     )
     launch(
         scale_kernel,
         (matrices,),
         (*given, scales),
         (number,),
-        (nesterov, *SAFE_NORMS, plan.start_rows, LARGE, plan.tile, 128),
+        (nesterov, *SAFE_NORMS, plan.start_rows, START_COLUMNS, plan.tile, 128),
         counted=lambda: (sums.nbytes + scales.nbytes, 0.0),
     )
     launch(
@@ -361,7 +359,7 @@ def orthogonalize(
         (work, out, plan.items, table, plan.factors, scales, done),
         (items,),
         (plan.adds, math.gcd(ALIGNMENT, plan.columns), plan.alignment, plan.tile, DEPTH, PIPELINED[plan.tile]),
-        counted=lambda: (work.nbytes + out.nbytes + plan.items.nbytes, 2.0 * plan.tile**3 * plan.products),
+        counted=lambda: (copied + out.nbytes, plan.operations),
     )
     pieces = zip(shapes, plan.strides, plan.starts, strict=True)
     return [piece_of(out, *piece) for piece in pieces]

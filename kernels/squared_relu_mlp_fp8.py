@@ -191,7 +191,7 @@ def _product_of_rows(
         a_MK.device,
         num_warps=size.num_warps,
         num_stages=size.stages,
-        counted=lambda: work_of_product(M, N, K, (a_MK, b_NK, *finished)),
+        counted=lambda: work_of_product(M, N, K, (a_MK, b_NK, *finished, *row_norms, *column_norms)),
     )
     return c_MN, rounded_MN, hidden_MN
 

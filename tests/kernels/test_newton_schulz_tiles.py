@@ -185,16 +185,22 @@ def test_small_tiles_where_there_are_few():
 @pytest.mark.usefixtures("triton_kernels", "poisoned_outputs")
 def test_small_tiles_give_the_bits_of_large_ones(device, large_tiles):
     generator = torch.Generator().manual_seed(3)
-    shapes = ((3, 33, 20), (130, 120), (20, 100), (128, 128), (65, 300), (300, 192))
+    shapes = ((3, 33, 20), (20, 100), (128, 128), (65, 300), (300, 192))
     matrices = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    calls = [(matrices[:3], (QUINTIC,) * 5), (matrices, NAMED_COEFFICIENTS["polar_express"][:5]), (matrices, TRIPLES)]
+    assert {plan.tile_of([x.shape for x in given], triples) for given, triples in calls} == {plan.SMALL}
 
-    def both() -> list[torch.Tensor]:
-        coefficients = "polar_express"  # no long segments
-        return [*kernels.newton_schulz(matrices[:4]), *kernels.newton_schulz(matrices, coefficients=coefficients)]
+    def results() -> list[torch.Tensor]:
+        return [
+            result
+            for given, triples in calls
+            for result in kernels.newton_schulz(given, steps=len(triples), coefficients=triples)
+        ]
 
-    small = both()
+    small = results()
     large_tiles()
-    assert all(map(torch.equal, small, both()))
+    assert {plan.tile_of([x.shape for x in given], triples) for given, triples in calls} == {plan.LARGE}
+    assert all(map(torch.equal, small, results()))
 
 
 @pytest.mark.usefixtures("triton_kernels", "poisoned_outputs")
