@@ -133,9 +133,12 @@ def _launch(
     table: list[tuple[int, ...]],
     dtype: torch.dtype,
     itemsize: int,
-    touched: Sequence[Tensor],
+    touched: tuple[Sequence[Tensor | None], ...],
 ) -> None:
-    """Starts a kernel on matrices of `dtype`; `itemsize` is that of the widest dtype that it reads or writes."""
+    """Starts a kernel on matrices of `dtype`.
+
+    `touched` is all that it reads or writes, `itemsize` that of the widest dtype among it.
+    """
     device = tensors[0].device
     widths = {row[1] for row in table}
     b_R, b_C, num_warps = tile("cast_weights", max(widths), tensors[0].get_device())
@@ -151,7 +154,7 @@ def _launch(
         (),
         constants,
         num_warps=num_warps,
-        counted=lambda: (sum(each.nbytes for each in touched), 0.0),
+        counted=lambda: (sum(each.nbytes for several in touched for each in several if each is not None), 0.0),
     )
 
 
@@ -190,8 +193,8 @@ def _run(
             table.append((*matrix.shape, matrix.data_ptr(), address, scale_address))
             address += matrix.numel() * dtype.itemsize
     tensors = (matrices[0], scales[0] if scales else None, results[0])
-    itemsize, touched = max(matrices[0].itemsize, dtype.itemsize), (*matrices, *scales, *results)
-    _launch(cast_weights_fwd_kernel, tensors, table, matrices[0].dtype, itemsize, touched)
+    itemsize = max(matrices[0].itemsize, dtype.itemsize)
+    _launch(cast_weights_fwd_kernel, tensors, table, matrices[0].dtype, itemsize, (matrices, scales, results))
     return results
 
 
@@ -252,8 +255,8 @@ def _run_backward(
     given = next(grad for grad in grads if grad is not None)
     # without scales, the gradients are the matrices'
     tensors = (given, weights[0] if weights else found[0], scales[0] if scales else None)
-    touched = [*weights, *scales, *found, *[grad for grad in grads if grad is not None]]
-    _launch(cast_weights_bwd_kernel, tensors, table, dtype, max(given.itemsize, dtype.itemsize), touched)
+    itemsize = max(given.itemsize, dtype.itemsize)
+    _launch(cast_weights_bwd_kernel, tensors, table, dtype, itemsize, (grads, weights, scales, found))
     return found
 
 

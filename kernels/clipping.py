@@ -92,19 +92,18 @@ _tables = KeptTables()
 def _square_sums(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device
     dtypes = [tensor.dtype for tensor in tensors]
-    calls: list[tuple[Tensor, int, Tensor, Tensor]] = []
+    calls = []
     for dtype in dict.fromkeys(dtypes):
         own = [tensor for tensor, its_dtype in zip(tensors, dtypes, strict=True) if its_dtype is dtype]
         sizes = tuple(map(Tensor.numel, own))
         table = _tables.on(device, zip(map(Tensor.data_ptr, own), sizes, strict=True))
-        calls.append((own[0], sum(sizes), _chunks(sizes, device), table))
+        calls.append((own[0], sizes, _chunks(sizes, device), table))
     sums = torch.empty(sum([len(chunks) for _, _, chunks, _ in calls]), dtype=torch.float64, device=device)
     begin = 0
-    for first, size, chunks, table in calls:
+    for first, sizes, chunks, table in calls:
         part = sums[begin : begin + len(chunks)]
         begin += len(chunks)
         constants = (16 // first.itemsize, CHUNK)
-        moved = size * first.itemsize
         launch(
             square_sums_kernel,
             (len(chunks),),
@@ -112,7 +111,7 @@ def _square_sums(tensors: Sequence[Tensor]) -> Tensor:
             (),
             constants,
             num_warps=8,
-            counted=lambda moved=moved: (moved, 0.0),
+            counted=lambda first=first, sizes=sizes: (sum(sizes) * first.itemsize, 0.0),
         )
     return sums
 
