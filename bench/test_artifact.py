@@ -39,7 +39,7 @@ def artifact(model: GPT) -> Artifact:
 
 @pytest.fixture(scope="module")
 def path(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the file that is there already: at level 22 each takes many seconds."""
+    """Of an artifact that is written once: at level 22 that takes many seconds."""
     path = tmp_path_factory.mktemp("artifact") / "model.golf"
     write_artifact(path, artifact)
     return path

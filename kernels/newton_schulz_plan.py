@@ -30,7 +30,7 @@ from kernels.launch import cdiv
 from kernels.reference import NAMED_COEFFICIENTS, Triple
 
 SMALL, LARGE = 64, 128  # sides of a tile
-FEW = 512  # small tiles: an H100 works on 264 at once, and up to here small ones were the faster
+FEW = 512  # small tiles: as many as the largest call has in which they were found the faster, on an H100
 # Rows and columns that one program copies, whatever the tiles: the order in which squares are summed for a norm must
 # not depend on them. The rows divide a tile's; the interpreter is slow to start a program.
 START_ROWS = {"cuda": 8, "cpu": 64}
