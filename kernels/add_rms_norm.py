@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
 from kernels.checks import FLOATS, check_device, check_eps, check_integer, check_shape, check_tensor
 from kernels.column_sums import column_sums
 from kernels.launch import MAX_COLUMNS, cdiv, compute_dtype, contiguous, launch, tl, triton
-from kernels.registration import register
+from kernels.registration import is_traced, register
 from kernels.tuning import tile
 
 BACKWARD_TILES = 32  # tiles a program adds up before it writes its share of the scales' gradients
@@ -74,12 +75,13 @@ def add_rms_norm_fwd_kernel(
 @triton.jit(do_not_specialize=["N"])
 def add_rms_norm_bwd_kernel(
     p_inverse, p_normed, p_x, p_y, p_x_scale, p_y_scale, p_skip, p_skip_scale, p_grad_sum, p_grad_normed,
-    p_grad_x, p_grad_y, p_grad_skip, p_sums, N,
+    p_later_x, p_later_y, p_grad_x, p_grad_y, p_grad_skip, p_sums, N,
     D: tl.constexpr, COMPUTE: tl.constexpr, b_N: tl.constexpr, b_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """grad = grad_sum + inverse (grad_normed - n mean(grad_normed n)), times the scales; sums [3, P, D] for theirs.
 
-    n is read from `normed`, or where that is None computed again. TILES tiles of whole rows a program.
+    `later_x` and `later_y` are the gradients of what uses x and y after this op; they are added to theirs. n is read
+    from `normed`, or where that is None computed again. TILES tiles of whole rows a program.
     """
     r_N = tl.arange(0, b_N)
     r_D = tl.arange(0, b_D)
@@ -110,18 +112,25 @@ def add_rms_norm_bwd_kernel(
             grad = inverse * (grad_n - n * (tl.sum(grad_n * n, axis=1) / D)[:, None])
         if p_grad_sum is not None:
             grad += load_tile(p_grad_sum, base, offsets, m_ND, COMPUTE)
-        grad_x = x_scale * grad
+        grad_stream = x_scale * grad
+        grad_x = grad_stream
+        if p_later_x is not None:
+            grad_x += load_tile(p_later_x, base, offsets, m_ND, COMPUTE)
         tl.store(p_grad_x + base + offsets, grad_x.to(p_grad_x.dtype.element_ty), mask=m_ND)
         if p_grad_y is not None:
-            tl.store(p_grad_y + base + offsets, (y_scale * grad).to(p_grad_y.dtype.element_ty), mask=m_ND)
+            grad_y = y_scale * grad
+            if p_later_y is not None:
+                grad_y += load_tile(p_later_y, base, offsets, m_ND, COMPUTE)
+            tl.store(p_grad_y + base + offsets, grad_y.to(p_grad_y.dtype.element_ty), mask=m_ND)
         if p_grad_skip is not None:
-            tl.store(p_grad_skip + base + offsets, (skip_scale * grad_x).to(p_grad_skip.dtype.element_ty), mask=m_ND)
+            grad_skip = skip_scale * grad_stream
+            tl.store(p_grad_skip + base + offsets, grad_skip.to(p_grad_skip.dtype.element_ty), mask=m_ND)
         if p_x_scale is not None:
             x_sums += grad * stream
         if p_y_scale is not None:
             y_sums += grad * y
         if p_skip_scale is not None:
-            skip_sums += grad_x * skip
+            skip_sums += grad_stream * skip
     programs = tl.num_programs(0).to(tl.int64)
     share = tl.program_id(0).to(tl.int64) * D + r_D
     if p_x_scale is not None:
@@ -198,10 +207,13 @@ def _run_backward(
     y_scale_D: Tensor | None,
     skip_BTD: Tensor | None,
     skip_scale_D: Tensor | None,
+    later_x_BTD: Tensor | None,
+    later_y_BTD: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, y, x_scale, y_scale, skip and skip_scale; empty for what is None.
 
-    Of `normed_BTD` and the six, one or the other is None.
+    Of `normed_BTD` and those six, one or the other is None. `later_x` and `later_y`, which go with the six, are the
+    gradients of what uses x and y afterwards.
     """
     like_BTD = contiguous(x_BTD if normed_BTD is None else normed_BTD)
     batch, time, channels = like_BTD.shape
@@ -215,7 +227,8 @@ def _run_backward(
     tensors = (
         *(inverse_BT.contiguous(), contiguous(normed_BTD), contiguous(x_BTD), contiguous(y_BTD)),
         *(contiguous(x_scale_D), contiguous(y_scale_D), contiguous(skip_BTD), contiguous(skip_scale_D)),
-        *(contiguous(grad_sum_BTD), contiguous(grad_normed_BTD), grad_x_BTD, grad_y_BTD, grad_skip_BTD, sums_3PD),
+        *(contiguous(grad_sum_BTD), contiguous(grad_normed_BTD), contiguous(later_x_BTD), contiguous(later_y_BTD)),
+        *(grad_x_BTD, grad_y_BTD, grad_skip_BTD, sums_3PD),
     )
     compute = compute_dtype(like_BTD.dtype)
     constants = (channels, compute, b_N, b_D, tiles)
@@ -238,9 +251,15 @@ def _fake_backward(
     inverse_BT: Tensor,
     normed_BTD: Tensor | None,
     x_BTD: Tensor | None,
-    *others: Tensor | None,
+    y_BTD: Tensor | None,
+    x_scale_D: Tensor | None,
+    y_scale_D: Tensor | None,
+    skip_BTD: Tensor | None,
+    skip_scale_D: Tensor | None,
+    *_: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     like_BTD = x_BTD if normed_BTD is None else normed_BTD
+    others = (y_BTD, x_scale_D, y_scale_D, skip_BTD, skip_scale_D)
     return (
         like_BTD.new_empty(like_BTD.shape),
         *(like_BTD.new_empty(0) if other is None else other.new_empty(other.shape) for other in others),
@@ -261,8 +280,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     ctx.save_for_backward(inverse_BT, *((None, *tensors) if ctx.scaled else (normed_BTD, *[None] * len(tensors))))
 
 
-def _backward(ctx: Any, grad_sum_BTD: Tensor | None, grad_normed_BTD: Tensor | None, _: None) -> tuple:
-    grads = _backward_op(grad_sum_BTD, grad_normed_BTD, *ctx.saved_tensors)
+def _backward(
+    ctx: Any,
+    grad_sum_BTD: Tensor | None,
+    grad_normed_BTD: Tensor | None,
+    _: None,
+    later_x_BTD: Tensor | None = None,
+    later_y_BTD: Tensor | None = None,
+) -> tuple:
+    grads = _backward_op(grad_sum_BTD, grad_normed_BTD, *ctx.saved_tensors, later_x_BTD, later_y_BTD)
     if not ctx.scaled:
         grads = [grads[0]] * len(grads)
     return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None
@@ -271,10 +297,32 @@ def _backward(ctx: Any, grad_sum_BTD: Tensor | None, grad_normed_BTD: Tensor | N
 _op = register("add_rms_norm", _run, _fake, differentiate=_backward, setup_context=_setup_context)
 
 
+class _PassesOn(torch.autograd.Function):
+    """`_run` with scales, and with x and y among its outputs, as no registered op may have them."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        output = _run(*arguments)
+        _setup_context(ctx, arguments, output)
+        return *output, *arguments[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+        return _backward(ctx, *gradients)
+
+
 @dispatch.register_triton("add_rms_norm")
-def _results(*arguments: Any) -> tuple[Tensor, Tensor]:
-    sum_BTD, normed_BTD, _ = _op(*arguments)
-    return sum_BTD, normed_BTD
+def _results(*arguments: Any, pass_on: bool) -> tuple[Tensor, ...]:
+    x_BTD, y_BTD, x_scale_D, y_scale_D, _, skip_scale_D, _ = arguments
+    # Without scales both have the same gradient, in the same memory; and what the function returns requires one.
+    scaled = any([scale_D is not None for scale_D in (x_scale_D, y_scale_D, skip_scale_D)])
+    differentiated = torch.is_grad_enabled() and x_BTD.requires_grad and y_BTD.requires_grad
+    if pass_on and scaled and differentiated and not is_traced(arguments):
+        sum_BTD, normed_BTD, _, x_BTD, y_BTD = _PassesOn.apply(*arguments)
+    else:
+        sum_BTD, normed_BTD, _ = _op(*arguments)
+    return (sum_BTD, normed_BTD, x_BTD, y_BTD) if pass_on else (sum_BTD, normed_BTD)
 
 
 def add_rms_norm(
@@ -286,7 +334,8 @@ def add_rms_norm(
     skip_scale_D: Tensor | None = None,
     *,
     eps: float = 2.0**-23,
-) -> tuple[Tensor, Tensor]:
+    pass_on: bool = False,
+) -> tuple[Tensor, ...]:
     """Adds two or three tensors, each scaled by channel, and normalizes every row of the sum.
 
         sum    = x_scale * (x + skip_scale * skip) + y_scale * y
@@ -302,6 +351,7 @@ def add_rms_norm(
         skip_BTD: [B, T, D], in x's dtype; None for no third term.
         skip_scale_D: [D]; None for 1.
         eps: added to the mean square; not negative.
+        pass_on: whether x and y are returned as well.
 
     Returns:
         sum and normed, each [B, T, D] in x's dtype, computed in float32 (float64 for a float64 x) and rounded
@@ -309,8 +359,14 @@ def add_rms_norm(
         `normed` and a number for each row are all that is kept for the backward pass, so that the rounding of
         `normed` is part of the gradient.
 
+        With `pass_on` also x and y, in the memory of those given and not to be changed in place. Who uses these from
+        here on instead of those given has the gradients added in this op's backward pass: one more read, where
+        autograd's own addition is a pass over three tensors. So it is with a kernel, with scales, and where x and y
+        both require a gradient; else they are the tensors that were given.
+
     Raises:
-        TypeError: an argument is no tensor or its dtype is not one of those above, or eps is no number.
+        TypeError: an argument is no tensor or its dtype is not one of those above, eps is no number, or pass_on no
+            bool.
         ValueError: a shape does not fit, D is not from 1 to 2^20, eps is negative, skip_scale comes without skip, or
             the tensors are on different devices.
 
@@ -332,5 +388,7 @@ def add_rms_norm(
     if skip_scale_D is not None and skip_BTD is None:
         raise ValueError("skip_scale_D is given without skip_BTD, the tensor that it scales")
     check_eps(eps)
+    if not isinstance(pass_on, bool):
+        raise TypeError(f"pass_on must be a bool, not {type(pass_on).__name__}")
     run = dispatch.implementation("add_rms_norm", x_BTD)
-    return run(x_BTD, y_BTD, x_scale_D, y_scale_D, skip_BTD, skip_scale_D, eps)
+    return run(x_BTD, y_BTD, x_scale_D, y_scale_D, skip_BTD, skip_scale_D, eps, pass_on=pass_on)

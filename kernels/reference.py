@@ -126,8 +126,9 @@ def add_rms_norm(
     skip_BTD: Tensor | None = None,
     skip_scale_D: Tensor | None = None,
     eps: float = 2.0**-23,
-) -> tuple[Tensor, Tensor]:
-    """sum = x_scale * (x + skip_scale * skip) + y_scale * y, and rms_norm(sum)."""
+    pass_on: bool = False,
+) -> tuple[Tensor, ...]:
+    """sum = x_scale * (x + skip_scale * skip) + y_scale * y, and rms_norm(sum); with `pass_on` also x and y."""
     dtype = _compute_dtype(x_BTD.dtype)
 
     def scaled(term_BTD: Tensor, scale_D: Tensor | None) -> Tensor:
@@ -138,7 +139,8 @@ def add_rms_norm(
         stream_BTD = stream_BTD + scaled(skip_BTD, skip_scale_D)
     sum_BTD = scaled(stream_BTD, x_scale_D) + scaled(y_BTD, y_scale_D)
     normed_BTD = F.rms_norm(sum_BTD, (sum_BTD.shape[-1],), eps=eps)
-    return sum_BTD.to(x_BTD.dtype), normed_BTD.to(x_BTD.dtype)
+    passed_on = (x_BTD, y_BTD) if pass_on else ()
+    return sum_BTD.to(x_BTD.dtype), normed_BTD.to(x_BTD.dtype), *passed_on
 
 
 def qk_norm_rotary(

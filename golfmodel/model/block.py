@@ -54,14 +54,17 @@ class Block(nn.Module):
         mask: Tensor | BlockMask | None = None,
         skip_BTD: Tensor | None = None,
         skip_scale_D: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x, x0 and skip `[B, T, D]` to `[B, T, D]`; `weights` of `sources`, `rotary` and `mask` as for `Attention`.
 
-        `skip_scale` `[D]` is w above.
+        `skip_scale` `[D]` is w above. Also returns x and x0, for who uses them after the block: it adds up their
+        gradients.
         """
-        mixed_BTD, normed_BTD = add_rms_norm(
-            x_BTD, x0_BTD, self.residual_mix, self.input_mix, skip_BTD, skip_scale_D, eps=RMS_NORM_EPSILON
+        mixed_BTD, normed_BTD, x_BTD, x0_BTD = add_rms_norm(
+            *(x_BTD, x0_BTD, self.residual_mix, self.input_mix, skip_BTD, skip_scale_D),
+            eps=RMS_NORM_EPSILON,
+            pass_on=True,
         )
         attended_BTD = self.attention(normed_BTD, weights.qkv_CD, weights.output_DD, rotary, mask)
-        x_BTD, normed_BTD = add_rms_norm(mixed_BTD, attended_BTD, eps=RMS_NORM_EPSILON)
-        return self.mlp(normed_BTD, weights.up_HD, weights.down_DH, x_BTD)
+        attended_BTD, normed_BTD = add_rms_norm(mixed_BTD, attended_BTD, eps=RMS_NORM_EPSILON)
+        return self.mlp(normed_BTD, weights.up_HD, weights.down_DH, attended_BTD), x_BTD, x0_BTD

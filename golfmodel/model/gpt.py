@@ -107,7 +107,9 @@ class GPT(nn.Module):
             skip = ()
             if index >= self.skips.count and outputs:
                 skip = outputs.pop(), self.skips.scale(index - self.skips.count)
-            x_BTD = block(x_BTD, x0_BTD, weights[index], rotary, mask, *skip)
+            x_BTD, given_BTD, x0_BTD = block(x_BTD, x0_BTD, weights[index], rotary, mask, *skip)
+            if 0 < index < self.skips.count:  # the output before: the block adds up the gradients of both its uses
+                outputs[-1] = given_BTD
             if index < self.skips.count:
                 outputs.append(x_BTD)
         return rms_norm(x_BTD)

@@ -265,6 +265,56 @@ def test_with_scales_the_inputs_and_a_number_for_each_row_are_kept(device):
     assert kept == 3 * 2 * 6 * 64 * 2 + 3 * 64 * 4 + 2 * 6 * 4
 
 
+def used_again(arguments, weights, *, pass_on):
+    """Outputs, and gradients where x and y are used after the op as well: passed on, or as they were given."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in arguments.items()}
+    outputs = kernels.add_rms_norm(**leaves, pass_on=pass_on)
+    again = outputs if pass_on else (*outputs, leaves["x_BTD"], leaves["y_BTD"])
+    loss = sum((value * weight).sum() for value, weight in zip(again, weights, strict=True) if weight is not None)
+    return (*again, *torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
+
+
+@on_every_implementation
+@pytest.mark.parametrize("without", [None, 0, 1, 2, 3])
+@every_combination
+def test_what_is_passed_on_is_what_was_given(names, without, device):
+    arguments = make((2, 5, 8), device=device, names=names)
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randn(2, 5, 8, generator=generator).to(device) for _ in range(4)]
+    if without is not None:
+        weights[without] = None
+    found, wanted = (used_again(arguments, weights, pass_on=pass_on) for pass_on in (True, False))
+    for value, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_gradients_of_what_is_passed_on_take_no_pass_of_their_own(device):
+    arguments = make((2, 5, 8), torch.bfloat16, device)
+    weights = [torch.ones(2, 5, 8, device=device, dtype=torch.bfloat16)] * 4
+    additions = []
+    for pass_on in (True, False):
+        with torch.profiler.profile() as profiler:
+            used_again(arguments, weights, pass_on=pass_on)
+        additions.append(sum(event.name in ("aten::add", "aten::add_") for event in profiler.events()))
+    assert additions[1] == additions[0] + 2
+
+
+@on_every_implementation
+def test_passing_on_without_gradients(device):
+    arguments = make((2, 3, 4), device=device)
+    for leaf in ("y_BTD", "x_scale_D"):
+        leaves = {**arguments, leaf: arguments[leaf].clone().requires_grad_()}
+        total, normed, x, y = kernels.add_rms_norm(**leaves, pass_on=True)
+        assert x is leaves["x_BTD"]
+        assert y is leaves["y_BTD"]
+        plain = kernels.add_rms_norm(**arguments)
+        assert torch.equal(total, plain[0])
+        assert torch.equal(normed, plain[1])
+    with torch.no_grad():
+        assert kernels.add_rms_norm(**leaves, pass_on=True)[2] is leaves["x_BTD"]
+
+
 @on_every_implementation
 @every_combination
 def test_a_nan_stays_in_its_row(names, device):
@@ -310,6 +360,20 @@ def test_compiled_equals_eager(names, dtype, device, compiled):
 
 
 @on_every_implementation
+def test_compiled_passes_on(device, compiled):
+    arguments = make((2, 7, 16), device=device)
+    weights = [torch.randn_like(arguments["x_BTD"]) for _ in range(4)]
+
+    def run(function):
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in arguments.items()}
+        outputs = function(**leaves, pass_on=True)
+        return *outputs, *torch.autograd.grad(outputs, list(leaves.values()), weights)
+
+    for value, expected in zip(run(compiled(kernels.add_rms_norm)), run(kernels.add_rms_norm), strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+@on_every_implementation
 def test_fake_tensors(device):
     with FakeTensorMode(), device:
         x, scale = torch.empty(2, 3, 4, dtype=torch.bfloat16), torch.empty(4)
@@ -346,6 +410,7 @@ X, Y, X_SCALE, Y_SCALE, SKIP, SKIP_SCALE = make((2, 3, 4)).values()
         ((X, Y, None, None, SKIP, SKIP_SCALE[:1]), {}, ValueError, r"skip_scale_D has shape \[1\]; beside x_BTD"),
         ((X, Y, None, None, None, SKIP_SCALE), {}, ValueError, "skip_scale_D is given without skip_BTD"),
         ((X, Y), {"eps": "small"}, TypeError, "eps must be a number, not str"),
+        ((X, Y), {"pass_on": 1}, TypeError, "pass_on must be a bool, not int"),
         ((X, Y), {"eps": -1e-6}, ValueError, "eps is -1e-06; it must be at least 0"),
         ((X, Y), {"eps": float("nan")}, ValueError, "eps is nan; it must be at least 0"),
     ],

@@ -20,7 +20,7 @@ STARTS = torch.zeros(2, 3, dtype=torch.bool)
 PACKED = torch.zeros(2, 3, dtype=torch.uint8)
 
 CALLS = [
-    ("add_rms_norm", (X, X), {"x_scale_D": GATE}, (X, X, GATE, None, None, None, 2.0**-23), {}),
+    ("add_rms_norm", (X, X), {"x_scale_D": GATE}, (X, X, GATE, None, None, None, 2.0**-23), {"pass_on": False}),
     ("cast_weights", ([WEIGHT], torch.half), {}, ([WEIGHT], torch.half, [None], [1]), {}),
     ("smear_gate", (X, GATE), {}, (X, GATE, None), {}),
     ("bigram_hash", (TOKENS, 8), {}, (TOKENS, 8, None), {}),

@@ -81,6 +81,32 @@ def test_training_loss_and_every_gradient_are_those_of_the_recipe(variant):
         torch.testing.assert_close(parameter.grad.double(), W[name].grad, rtol=0, atol=1e-4 * float(size))
 
 
+def test_blocks_add_up_the_gradients_of_what_they_pass_on(monkeypatch):
+    """With the kernels, which the other tests of this file do not run on a CPU."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    additions = {}
+    for layers in (1, 2, 5, 6):
+        config = small_config(num_layers=layers)
+        model = random_model(config).to(device)
+        batch = [each.to(device) for each in random_batch(config, 2, 16)]
+        gradients = {}
+        for choice in ("reference", "triton"):
+            monkeypatch.setenv("GOLF_KERNELS", choice)
+            model.zero_grad()
+            loss = model(*batch)
+            with torch.profiler.profile(record_shapes=True) as profiler:
+                loss.backward()
+            gradients[choice] = {name: parameter.grad for name, parameter in model.named_parameters()}
+        for name, gradient in gradients["reference"].items():
+            assert (gradients["triton"][name] - gradient).abs().max() < 1e-4 * gradient.abs().max(), name
+        sums = [event.input_shapes[:2] for event in profiler.events() if event.name in ("aten::add", "aten::add_")]
+        additions[layers] = sums.count([[2, 16, config.model_dim]] * 2)
+    # x0 is x of the first block too, and the last output of the first half both x and skip of the next block
+    assert additions[1] + 1 == additions[2] == additions[5] == additions[6]
+
+
 def test_rms_norm_has_the_epsilon_of_the_recipe():
     # Mean squares around 2^-23 feel the epsilon most.
     x = torch.randn(4, 33, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-5], [3e-4], [1e-2], [1.0]])
