@@ -32,7 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     if config.option.record_baseline:
-        config.option.benchmark_json = baseline_path()
+        path = config.option.benchmark_json = baseline_path()
+        path.parent.mkdir(exist_ok=True)
     # Our own table says more; pytest-benchmark's is worth its space where it sets a baseline beside what is now.
     if not config.option.benchmark_compare:
         config.option.benchmark_quiet = True

@@ -56,9 +56,13 @@ def run_bench(tmp_path: Path, *arguments: str, change: str = "", **environment: 
 def baseline(tmp_path_factory) -> Path:
     """A results file of two rows."""
     directory = tmp_path_factory.mktemp("baseline")
-    path = directory / "results.json"
-    result = run_bench(directory, "-k", ROW, f"--benchmark-json={path}")
+    elsewhere = (
+        f"import bench.baseline, pathlib\nbench.baseline.DIRECTORY = pathlib.Path({str(directory)!r}, 'baselines')"
+    )
+    result = run_bench(directory, "-k", ROW, "--record-baseline", change=elsewhere)
     assert result.returncode == 0, result.stdout
+    [path] = (directory / "baselines").iterdir()
+    assert path.match("CPU-torch*-triton*.json")
     assert "There is no GPU here" in result.stdout
     assert "| pack_int6 384x128 int8 | forward | eager |" in result.stdout
     return path
