@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.compiler.config
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+def _sources_digest() -> str:
+    """Of this package's code."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# What torch.compile keeps on disk calls a derivative's ops as they were when it was compiled, and knows them by name
+# alone. Without this, what one version of this package has left there would be run with the ops of the next.
+torch.compiler.config.cache_key_tag += f" golf {_sources_digest()}"
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))  # any other tensor stands in for one without data, or wraps one
 
