@@ -57,8 +57,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x, x0 and skip `[B, T, D]` to `[B, T, D]`; `weights` of `sources`, `rotary` and `mask` as for `Attention`.
 
-        `skip_scale` `[D]` is w above. Also returns x and x0, for who uses them after the block: it adds up their
-        gradients.
+        `skip_scale` `[D]` is w above. After the block's output come x and x0 again, for who uses them later: taken from
+        here, their gradients are added up in the block's backward (`add_rms_norm`, `pass_on`).
         """
         mixed_BTD, normed_BTD, x_BTD, x0_BTD = add_rms_norm(
             *(x_BTD, x0_BTD, self.residual_mix, self.input_mix, skip_BTD, skip_scale_D),
@@ -66,5 +66,5 @@ class Block(nn.Module):
             pass_on=True,
         )
         attended_BTD = self.attention(normed_BTD, weights.qkv_CD, weights.output_DD, rotary, mask)
-        attended_BTD, normed_BTD = add_rms_norm(mixed_BTD, attended_BTD, eps=RMS_NORM_EPSILON)
-        return self.mlp(normed_BTD, weights.up_HD, weights.down_DH, attended_BTD), x_BTD, x0_BTD
+        residual_BTD, normed_BTD = add_rms_norm(mixed_BTD, attended_BTD, eps=RMS_NORM_EPSILON)
+        return self.mlp(normed_BTD, weights.up_HD, weights.down_DH, residual_BTD), x_BTD, x0_BTD
