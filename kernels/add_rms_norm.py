@@ -269,13 +269,18 @@ def _fake_backward(
 _backward_op = register("add_rms_norm_backward", _run_backward, _fake_backward)
 
 
+def _has_scales(inputs: tuple) -> bool:
+    """Whether any of an op's arguments is a scale."""
+    _, _, x_scale_D, y_scale_D, _, skip_scale_D, _ = inputs
+    return any([scale_D is not None for scale_D in (x_scale_D, y_scale_D, skip_scale_D)])
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, _ = inputs
-    _, _, x_scale_D, y_scale_D, _, skip_scale_D = tensors
     _, normed_BTD, inverse_BT = output
     ctx.mark_non_differentiable(inverse_BT)
     ctx.set_materialize_grads(False)
-    ctx.scaled = any(scale_D is not None for scale_D in (x_scale_D, y_scale_D, skip_scale_D))
+    ctx.scaled = _has_scales(inputs)
     # Without scales every term has the same gradient, and nothing but the norm is needed for it.
     ctx.save_for_backward(inverse_BT, *((None, *tensors) if ctx.scaled else (normed_BTD, *[None] * len(tensors))))
 
@@ -314,11 +319,10 @@ class _PassesOn(torch.autograd.Function):
 
 @dispatch.register_triton("add_rms_norm")
 def _results(*arguments: Any, pass_on: bool) -> tuple[Tensor, ...]:
-    x_BTD, y_BTD, x_scale_D, y_scale_D, _, skip_scale_D, _ = arguments
+    x_BTD, y_BTD, *_ = arguments
     # Without scales both have the same gradient, in the same memory; and what the function returns requires one.
-    scaled = any([scale_D is not None for scale_D in (x_scale_D, y_scale_D, skip_scale_D)])
     differentiated = torch.is_grad_enabled() and x_BTD.requires_grad and y_BTD.requires_grad
-    if pass_on and scaled and differentiated and not is_traced(arguments):
+    if pass_on and _has_scales(arguments) and differentiated and not is_traced(arguments):
         sum_BTD, normed_BTD, _, x_BTD, y_BTD = _PassesOn.apply(*arguments)
     else:
         sum_BTD, normed_BTD, _ = _op(*arguments)
