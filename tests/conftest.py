@@ -1,4 +1,4 @@
-"""What every room's tests share: the demo corpus, a corpus of seconds, and a run of seconds on it."""
+"""What every room's tests share: device and kernels, the demo corpus, a corpus of seconds, a run of seconds on it."""
 
 from __future__ import annotations
 
@@ -42,6 +42,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if on_gpu:
         config.hook.pytest_deselected(items=on_gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op runs its Triton kernel: on a GPU compiled, on a CPU interpreted."""
+    monkeypatch.setenv("GOLF_KERNELS", "triton")
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,6 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.fixture
 def compiled() -> Iterator[Callable]:
     """Compiles a function as one graph, without changing its arithmetic; a graph break is an error."""
@@ -26,14 +21,6 @@ def compiled_by_default(device: torch.device) -> Iterator[Callable]:
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     yield lambda function: torch.compile(function, fullgraph=True, backend=backend)
     torch.compiler.reset()
-
-
-@pytest.fixture
-def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every op runs its Triton kernel: on a GPU compiled, on a CPU interpreted."""
-    monkeypatch.setenv("GOLF_KERNELS", "triton")
-    if not torch.cuda.is_available():
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(params=["reference", "triton"])

@@ -81,11 +81,9 @@ def test_training_loss_and_every_gradient_are_those_of_the_recipe(variant):
         torch.testing.assert_close(parameter.grad.double(), W[name].grad, rtol=0, atol=1e-4 * float(size))
 
 
-def test_blocks_add_up_the_gradients_of_what_they_pass_on(monkeypatch):
+@pytest.mark.usefixtures("triton_kernels")
+def test_blocks_add_up_the_gradients_of_what_they_pass_on(device, monkeypatch):
     """With the kernels, which the other tests of this file do not run on a CPU."""
-    if not torch.cuda.is_available():
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     additions = {}
     for layers in (1, 2, 5, 6):
         config = small_config(num_layers=layers)

@@ -220,10 +220,10 @@ def take_steps(model: GPT, optimizers: Optimizers) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
+@pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-def test_steps_with_the_kernels_are_as_near_the_truth_as_with_the_reference(compute_dtype, monkeypatch):
+def test_steps_with_the_kernels_are_as_near_the_truth_as_with_the_reference(compute_dtype, device, monkeypatch):
     """Clipping, both optimizers, the schedule; on a GPU where there is one. The truth is the reference in float64."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = dataclasses.replace(CONFIG, grad_clip_norm=0.3, compute_dtype=compute_dtype, muon_wd=0.05)
 
     def moved(implementation: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -234,10 +234,7 @@ def test_steps_with_the_kernels_are_as_near_the_truth_as_with_the_reference(comp
         names = [name for name, _ in model.named_parameters()]
         return {name: last.double() - first for name, first, last in zip(names, start, end, strict=True)}
 
-    truth, reference = moved("reference", torch.float64), moved("reference")
-    if device.type == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    kernels = moved("triton")
+    truth, reference, kernels = moved("reference", torch.float64), moved("reference"), moved("triton")
 
     def error(found: dict[str, torch.Tensor], name: str) -> float:
         return float((found[name] - truth[name]).norm() / truth[name].norm())
