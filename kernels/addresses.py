@@ -8,13 +8,14 @@ be "relaxed": `torch.cuda.graph(graph, capture_error_mode="relaxed")`.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.launch import tl, triton
+from kernels.launch import VECTOR, tl, triton
 
 KEPT = 64  # tables of one kind
 
@@ -26,6 +27,14 @@ def typed_pointer(p_like, p_address, VECTOR: tl.constexpr):
     """The address that stands at `p_address`, as a pointer of p_like's type, at a multiple of VECTOR elements."""
     BYTES: tl.constexpr = p_like.dtype.element_ty.primitive_bitwidth // 8
     return tl.multiple_of(tl.load(p_address).to(p_like.dtype), VECTOR * BYTES)
+
+
+def aligned_addresses(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """Where each begins, 0 for one without elements; None if one has them not in a row from a multiple of `VECTOR`."""
+    if not all(map(Tensor.is_contiguous, tensors)):
+        return None
+    addresses = tuple(map(Tensor.data_ptr, tensors))
+    return None if functools.reduce(operator.or_, addresses) % VECTOR else addresses
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -6,13 +6,14 @@ Shapes: T tensors; S sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.addresses import KeptTables, kept_tables, table_on, typed_pointer
-from kernels.launch import all_aligned, cdiv, launch, tl, triton
+from kernels.addresses import KeptTables, aligned_addresses, kept_tables, table_on, typed_pointer
+from kernels.launch import cdiv, launch, tl, triton
 from kernels.registration import is_traced
 
 CHUNK = 8192  # elements whose squares one program adds up
@@ -55,7 +56,7 @@ def square_sums(tensors: Sequence[Tensor]) -> Tensor:
         tensors: at least one, on one device, of any shapes and float dtypes.
     """
     run = reference.square_sums
-    if not is_traced(tensors) and _runs(tensors):
+    if not is_traced((tensors,)):
         run = dispatch.implementation("square_sums", tensors[0])
     return run(tensors)
 
@@ -74,9 +75,17 @@ def clip_factors(sums: Tensor, largest: float) -> Tensor:
     return run(sums, largest)
 
 
-def _runs(tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernel takes these: contiguous and aligned."""
-    return DTYPES.issuperset([tensor.dtype for tensor in tensors]) and all_aligned(tensors)
+class _Part(NamedTuple):
+    """The tensors of one dtype, for `square_sums_kernel`."""
+
+    first: int
+    chunks: Tensor
+    tensors: Tensor
+    programs: int
+    size: int  # elements
+
+
+_parts = KeptTables()
 
 
 @kept_tables
@@ -85,33 +94,38 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return table_on(device, chunks, torch.int32)
 
 
-_tables = KeptTables()
-
-
 @dispatch.register_triton("square_sums")
 def _square_sums(tensors: Sequence[Tensor]) -> Tensor:
-    device = tensors[0].device
-    dtypes = [tensor.dtype for tensor in tensors]
-    calls = []
-    for dtype in dict.fromkeys(dtypes):
-        own = [tensor for tensor, its_dtype in zip(tensors, dtypes, strict=True) if its_dtype is dtype]
-        sizes = tuple(map(Tensor.numel, own))
-        table = _tables.on(device, zip(map(Tensor.data_ptr, own), sizes, strict=True))
-        calls.append((own[0], sizes, _chunks(sizes, device), table))
-    sums = torch.empty(sum([len(chunks) for _, _, chunks, _ in calls]), dtype=torch.float64, device=device)
+    addresses, dtypes = aligned_addresses(tensors), tuple([tensor.dtype for tensor in tensors])
+    if addresses is None or not DTYPES.issuperset(dtypes):
+        return reference.square_sums(tensors)
+    device, sizes = tensors[0].device, tuple(map(Tensor.numel, tensors))
+
+    def make() -> list[_Part]:
+        parts = []
+        for dtype in dict.fromkeys(dtypes):
+            own = [index for index, its_dtype in enumerate(dtypes) if its_dtype is dtype]
+            own_sizes = tuple([sizes[index] for index in own])
+            chunks = _chunks(own_sizes, device)
+            table = table_on(device, [(addresses[index], sizes[index]) for index in own], torch.int64)
+            parts.append(_Part(own[0], chunks, table, len(chunks), sum(own_sizes)))
+        return parts
+
+    parts = _parts.get(device, (addresses, dtypes, sizes), make)
+    sums = torch.empty(sum([part.programs for part in parts]), dtype=torch.float64, device=device)
     begin = 0
-    for first, sizes, chunks, table in calls:
-        part = sums[begin : begin + len(chunks)]
-        begin += len(chunks)
-        constants = (16 // first.itemsize, CHUNK)
+    for part in parts:
+        first = tensors[part.first]
+        own = sums[begin : begin + part.programs]
+        begin += part.programs
         launch(
             square_sums_kernel,
-            (len(chunks),),
-            (first, chunks, table, part),
+            (part.programs,),
+            (first, part.chunks, part.tensors, own),
             (),
-            constants,
+            (16 // first.itemsize, CHUNK),
             num_warps=8,
-            counted=lambda first=first, sizes=sizes: (sum(sizes) * first.itemsize, 0.0),
+            counted=lambda part=part, first=first: (part.size * first.itemsize, 0.0),
         )
     return sums
 

@@ -6,7 +6,7 @@ in `do_not_specialize`, then its compile-time constants. `launch` counts on that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -124,16 +124,6 @@ def tensor_and_number(value: float | Tensor) -> tuple[Tensor | None, float]:
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor with its elements in a row, a copy where they were not; None for None."""
     return None if tensor is None else tensor.contiguous()
-
-
-def all_aligned(tensors: Iterable[Tensor]) -> bool:
-    """Whether each has its elements in a row from a multiple of `VECTOR`."""
-    addresses = 0
-    for tensor in tensors:
-        if not tensor.is_contiguous():
-            return False
-        addresses |= tensor.data_ptr()
-    return addresses % VECTOR == 0
 
 
 def aligned(tensor: Tensor) -> Tensor:

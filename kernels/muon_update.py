@@ -6,13 +6,14 @@ Shapes: M, N a matrix; Z matrices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.addresses import KeptTables, kept_tables, table_on, typed_pointer
-from kernels.launch import all_aligned, cdiv, launch, number_of, tensor_and_number, tl, triton
+from kernels.addresses import KeptTables, aligned_addresses, kept_tables, table_on, typed_pointer
+from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
 from kernels.newton_schulz_tiles import Momentum, orthogonalize
 from kernels.reference import Triple, coefficients_per_step
 from kernels.registration import is_traced
@@ -70,7 +71,7 @@ def momentum_newton_schulz_(
     if not gradients:
         return []
     run = reference.momentum_newton_schulz_
-    if not is_traced((momentum, buffers, gradients)) and _runs(momentum, buffers, gradients):
+    if not is_traced((momentum, buffers, gradients)):
         run = dispatch.implementation("momentum_newton_schulz_", gradients[0])
     options = {"momentum": momentum, "nesterov": nesterov, "clip": clip}
     return run(buffers, gradients, **options, steps=steps, coefficients=coefficients)
@@ -94,24 +95,20 @@ def muon_update_(
     if not weights:
         return
     run = reference.muon_update_
-    if not is_traced((lr, weights, updates)) and _runs(lr, weights) and _runs(lr, updates):
+    if not is_traced((lr, weights, updates)):
         run = dispatch.implementation("muon_update_", weights[0])
     run(weights, updates, scales, lr=lr, weight_decay=weight_decay)
 
 
-def _runs(factor: float | Tensor, *lists: Sequence[Tensor]) -> bool:
-    """Whether the kernels take these: contiguous, aligned, of one dtype."""
-    first = lists[0][0]
-    if first.dtype not in DTYPES:
-        return False
-    if isinstance(factor, Tensor) and factor.device != first.device:
-        return False
-    for tensors in lists:
-        if {first.dtype}.union([tensor.dtype for tensor in tensors]) != {first.dtype}:
-            return False
-        if not all(map(Tensor.numel, tensors)) or not all_aligned(tensors):
-            return False
-    return True
+def _addresses(tensors: Sequence[Tensor], factor: float | Tensor) -> tuple[int, ...] | None:
+    """Where each begins; None unless all are contiguous, aligned, not empty, of one dtype and where the factor is."""
+    first = tensors[0]
+    if first.dtype not in DTYPES or (isinstance(factor, Tensor) and factor.device != first.device):
+        return None
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        return None
+    addresses = aligned_addresses(tensors)
+    return None if addresses is None or 0 in addresses else addresses
 
 
 @dispatch.register_triton("momentum_newton_schulz_")
@@ -125,25 +122,32 @@ def _momentum_newton_schulz_(
     steps: int,
     coefficients: str | Triple | Sequence[Triple] | None,
 ) -> list[Tensor]:
+    if _addresses((*buffers, *gradients), momentum) is None:
+        options = {"momentum": momentum, "nesterov": nesterov, "clip": clip}
+        return reference.momentum_newton_schulz_(buffers, gradients, **options, steps=steps, coefficients=coefficients)
     triples = coefficients_per_step(coefficients, steps)
-    with torch.no_grad():
-        results = orthogonalize(gradients, triples, Momentum(buffers, momentum, nesterov, clip))
+    results = orthogonalize(gradients, triples, Momentum(buffers, momentum, nesterov, clip))
     torch.autograd.graph.increment_version(list(buffers))
     return results
+
+
+class _Work(NamedTuple):
+    """Tables for `muon_update_kernel`."""
+
+    chunks: Tensor
+    matrices: Tensor
+    scales: Tensor
+    programs: int
+    size: int  # elements of all matrices
+
+
+_works = KeptTables()
 
 
 @kept_tables
 def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     chunks = [(matrix, chunk) for matrix, size in enumerate(sizes) for chunk in range(cdiv(size, CHUNK))]
     return table_on(device, chunks, torch.int32)
-
-
-@kept_tables
-def _scales(scales: tuple[float, ...], device: torch.device) -> Tensor:
-    return table_on(device, scales, torch.float32)
-
-
-_tables = KeptTables()
 
 
 @dispatch.register_triton("muon_update_")
@@ -155,19 +159,28 @@ def _muon_update_(
     lr: float | Tensor,
     weight_decay: float,
 ) -> None:
+    first, first_update, device = weights[0], updates[0], weights[0].device
+    addresses, update_addresses = _addresses(weights, lr), _addresses(updates, lr)
+    if addresses is None or update_addresses is None:
+        reference.muon_update_(weights, updates, scales, lr=lr, weight_decay=weight_decay)
+        return
     torch.autograd.graph.increment_version(list(weights))  # so that a graph that kept them notices
-    sizes = tuple(map(Tensor.numel, weights))
-    device = weights[0].device
-    chunks = _chunks(sizes, device)
-    rows = zip(map(Tensor.data_ptr, weights), map(Tensor.data_ptr, updates), sizes, strict=True)
+    sizes, scales = tuple(map(Tensor.numel, weights)), tuple(scales)
+
+    def make() -> _Work:
+        chunks = _chunks(sizes, device)
+        rows = list(zip(addresses, update_addresses, sizes, strict=True))
+        matrices, factors = table_on(device, rows, torch.int64), table_on(device, scales, torch.float32)
+        return _Work(chunks, matrices, factors, len(chunks), sum(sizes))
+
+    work = _works.get(device, (addresses, update_addresses, sizes, scales), make)
     tensor, number = tensor_and_number(lr)
-    given = (weights[0], updates[0], tensor)
     launch(
         muon_update_kernel,
-        (len(chunks),),
-        (*given, chunks, _tables.on(device, rows), _scales(tuple(scales), device)),
+        (work.programs,),
+        (first, first_update, tensor, work.chunks, work.matrices, work.scales),
         (number, float(weight_decay)),
         (VECTOR, CHUNK),
         num_warps=8,
-        counted=lambda: (sum(sizes) * (2 * weights[0].itemsize + updates[0].itemsize), 0.0),
+        counted=lambda: (work.size * (2 * first.itemsize + first_update.itemsize), 0.0),
     )

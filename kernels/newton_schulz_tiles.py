@@ -275,7 +275,7 @@ def newton_schulz_kernel(
 
 def _table(plan: Plan, batches: Sequence[Tensor], buffers: Sequence[Tensor]) -> Tensor:
     """The plan's rows with these addresses, on the device."""
-    device, addresses, momenta = batches[0].device, _addresses(batches), _addresses(buffers)
+    device, addresses, momenta = batches[0].device, _addresses(plan, batches), _addresses(plan, buffers)
 
     def make() -> Tensor:
         rows = zip(addresses, plan.rows, momenta or [0] * len(addresses), strict=True)
@@ -284,10 +284,10 @@ def _table(plan: Plan, batches: Sequence[Tensor], buffers: Sequence[Tensor]) -> 
     return plan.tables.get(device, (*addresses, *momenta), make)
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+def _addresses(plan: Plan, tensors: Sequence[Tensor]) -> list[int]:
     """Of every matrix."""
     firsts = list(map(Tensor.data_ptr, tensors))
-    if all([dim == 2 for dim in map(Tensor.dim, tensors)]):
+    if len(firsts) in (0, len(plan.rows)):  # none of several matrices
         return firsts
     addresses = []
     for first, tensor in zip(firsts, tensors, strict=True):
