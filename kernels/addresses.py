@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.launch import VECTOR, tl, triton
+from kernels.launch import VECTOR, piece_of, tl, triton
 
 KEPT = 64  # tables of one kind
 
@@ -29,11 +29,45 @@ def typed_pointer(p_like, p_address, VECTOR: tl.constexpr):
     return tl.multiple_of(tl.load(p_address).to(p_like.dtype), VECTOR * BYTES)
 
 
+class Pieces(Sequence[Tensor]):
+    """Contiguous tensors in the memory of `flat`, of these shapes and starts; each is made when it is asked for.
+
+    To make them all takes the host longer than all else about a list, and a kernel only has to know where they lie.
+    """
+
+    def __init__(
+        self,
+        flat: Tensor,
+        shapes: Sequence[tuple[int, ...]],
+        strides: Sequence[tuple[int, ...]],
+        starts: Sequence[int],
+    ) -> None:
+        self.flat, self._shapes, self._strides, self._starts = flat, shapes, strides, starts
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return piece_of(self.flat, self._shapes[index], self._strides[index], self._starts[index])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.__getitem__, range(len(self)))
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where each begins."""
+        first, size = self.flat.data_ptr(), self.flat.itemsize
+        return tuple([first + start * size for start in self._starts])
+
+
 def aligned_addresses(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
     """Where each begins, 0 for one without elements; None if one has them not in a row from a multiple of `VECTOR`."""
-    if not all(map(Tensor.is_contiguous, tensors)):
+    if isinstance(tensors, Pieces):
+        addresses = tensors.addresses
+    elif all(map(Tensor.is_contiguous, tensors)):
+        addresses = tuple(map(Tensor.data_ptr, tensors))
+    else:
         return None
-    addresses = tuple(map(Tensor.data_ptr, tensors))
     return None if functools.reduce(operator.or_, addresses) % VECTOR else addresses
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.addresses import KeptTables, aligned_addresses, kept_tables, table_on, typed_pointer
+from kernels.addresses import KeptTables, Pieces, aligned_addresses, kept_tables, table_on, typed_pointer
 from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
 from kernels.newton_schulz_tiles import Momentum, orthogonalize
 from kernels.reference import Triple, coefficients_per_step
@@ -55,7 +55,7 @@ def momentum_newton_schulz_(
     clip: Tensor | None = None,
     steps: int = 5,
     coefficients: str | Triple | Sequence[Triple] | None = None,
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """buffer = momentum * buffer + clip * gradient, in place; then `newton_schulz` of what lies ahead of it.
 
     Args:
@@ -66,7 +66,7 @@ def momentum_newton_schulz_(
         steps, coefficients: as for `newton_schulz`.
 
     Returns:
-        What `newton_schulz` returns for the list.
+        What `newton_schulz` returns for the list; of the kernel's results each is made when it is asked for.
     """
     if not gradients:
         return []
@@ -105,7 +105,7 @@ def _addresses(tensors: Sequence[Tensor], factor: float | Tensor) -> tuple[int, 
     first = tensors[0]
     if first.dtype not in DTYPES or (isinstance(factor, Tensor) and factor.device != first.device):
         return None
-    if len({tensor.dtype for tensor in tensors}) > 1:
+    if not isinstance(tensors, Pieces) and len({tensor.dtype for tensor in tensors}) > 1:
         return None
     addresses = aligned_addresses(tensors)
     return None if addresses is None or 0 in addresses else addresses
@@ -121,7 +121,7 @@ def _momentum_newton_schulz_(
     clip: Tensor | None,
     steps: int,
     coefficients: str | Triple | Sequence[Triple] | None,
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     if _addresses((*buffers, *gradients), momentum) is None:
         options = {"momentum": momentum, "nesterov": nesterov, "clip": clip}
         return reference.momentum_newton_schulz_(buffers, gradients, **options, steps=steps, coefficients=coefficients)

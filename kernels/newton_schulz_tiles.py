@@ -30,8 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.addresses import table_on, typed_pointer
-from kernels.launch import cdiv, launch, number_of, piece_of, tensor_and_number, tl, triton
+from kernels.addresses import Pieces, table_on, typed_pointer
+from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
 from kernels.newton_schulz_plan import ALIGNMENT, LARGE, SMALL, START_COLUMNS, Plan, plan_of
 from kernels.reference import Triple
 from kernels.tuning import next_power_of_2
@@ -313,7 +313,7 @@ class Momentum(NamedTuple):
 
 def orthogonalize(
     batches: Sequence[Tensor], coefficients: tuple[Triple, ...], momentum: Momentum | None = None
-) -> list[Tensor]:
+) -> Pieces:
     """Newton-Schulz of contiguous [M, N] or [batch, M, N], none of them empty, of one dtype, on one device; bfloat16.
 
     With a momentum these are gradients: g = clip * gradient, buffer = factor * buffer + g, and what is orthogonalized
@@ -361,5 +361,4 @@ def orthogonalize(
         (plan.adds, math.gcd(ALIGNMENT, plan.columns), plan.alignment, plan.tile, DEPTH, PIPELINED[plan.tile]),
         counted=lambda: (copied + out.nbytes, plan.operations),
     )
-    pieces = zip(shapes, plan.strides, plan.starts, strict=True)
-    return [piece_of(out, *piece) for piece in pieces]
+    return Pieces(out, shapes, plan.strides, plan.starts)

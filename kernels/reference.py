@@ -415,7 +415,7 @@ def muon_update_(
 ) -> None:
     """weight = (1 - lr * weight_decay) * weight - lr * scale * update, in place."""
     moves = [torch.empty_like(weight) for weight in weights]
-    torch._foreach_copy_(moves, updates)
+    torch._foreach_copy_(moves, list(updates))
     torch._foreach_mul_(moves, list(scales))
     torch._foreach_mul_(moves, lr)
     torch._foreach_mul_(weights, 1 - lr * weight_decay)

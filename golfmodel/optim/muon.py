@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,19 @@ from torch.optim import Optimizer
 from golfmodel.optim.sharding import Reducing, Shards
 from golfmodel.runtime.distributed import Ranks
 from kernels.muon_update import momentum_newton_schulz_, muon_update_
+
+
+class Move(NamedTuple):
+    """What a step does to those of a group's parameters that have a gradient."""
+
+    group: dict[str, Any]
+    parameters: list[Tensor]
+    updates: Sequence[Tensor]
+
+
+@functools.lru_cache(maxsize=64)
+def _scales(shapes: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
+    return tuple([max(1.0, rows / columns) ** 0.5 for rows, columns in shapes])
 
 
 class Muon(Optimizer):
@@ -47,7 +61,7 @@ class Muon(Optimizer):
     _ranks: Ranks | None = None
     _shards: Shards | None = None
     _reducing: Reducing | None = None
-    _present: list[int] | None = None  # parameters with a gradient, where the ranks have averaged them
+    _present: set[int] | None = None  # parameters with a gradient, where the ranks have averaged them
 
     def __init__(
         self,
@@ -127,14 +141,13 @@ class Muon(Optimizer):
         This rank's own are then the means; other ranks' matrices have None. `step` does this where it has not been
         done.
         """
-        parameters = self._parameters()
         if self._shards is None:
-            self._present = [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
             return lambda: None
+        parameters = self._parameters()
         reducing = self._reducing or Reducing(parameters, self._shards)
         self._reducing = None
         reducing.send_rest()
-        self._present = sorted(reducing.sent)
+        self._present = set(reducing.sent)
 
         def finish() -> None:
             for index, mean in reducing.means().items():
@@ -159,19 +172,35 @@ class Muon(Optimizer):
         Args:
             clip: what gradients are multiplied by, `[]` on their device; None for 1.
         """
-        if self._present is None:
+        if self._shards is not None and self._present is None:
             self.start_reducing()()
         present, self._present = self._present, None
+        moves = []
+        for group in self.param_groups:
+            own = [parameter for parameter in group["params"] if parameter.grad is not None]
+            moves.append(Move(group, own, self._updates(group, own, clip)))
+        return (lambda: self._apply(moves)) if self._shards is None else self._start_gathering(moves, present)
+
+    def _start_gathering(self, own: Sequence[Move], present: Container[int]) -> Callable[[], None]:
+        """Starts to give every rank this rank's updates; what it returns waits for everybody's, and takes the step."""
         parameters = self._parameters()
-        updates: dict[int, Tensor] = {}
-        for group, indices in self._by_group(present):
-            own = [index for index in indices if parameters[index].grad is not None]
-            updates.update(zip(own, self._updates(group, [parameters[index] for index in own], clip), strict=True))
-        if self._shards is None:
-            return lambda: self._apply(present, updates)
+        index_of = {parameter: index for index, parameter in enumerate(parameters)}
+        updates = {
+            index_of[parameter]: update
+            for _, its_parameters, its_updates in own
+            for parameter, update in zip(its_parameters, its_updates, strict=True)
+        }
         wide = self._shards.dtype == torch.float64
         gathered = self._shards.start_gathering(updates, torch.float64 if wide else torch.bfloat16)
-        return lambda: self._apply(present, gathered())
+
+        def finish() -> None:
+            everything, moves = gathered(), []
+            for group in self.param_groups:
+                moving = [parameter for parameter in group["params"] if index_of[parameter] in present]
+                moves.append(Move(group, moving, [everything[index_of[parameter]] for parameter in moving]))
+            self._apply(moves)
+
+        return finish
 
     def state_dict(self) -> dict[str, Any]:
         """As every optimizer's; over several ranks, on every rank, with the momentum of all of them."""
@@ -202,30 +231,20 @@ class Muon(Optimizer):
         parameters = self._parameters()
         return parameters if self._shards is None else [parameters[index] for index in self._shards.own]
 
-    def _by_group(self, indices: Iterable[int]) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        first = 0
-        for group in self.param_groups:
-            last = first + len(group["params"])
-            yield group, [index for index in indices if first <= index < last]
-            first = last
-
-    def _updates(self, group: dict[str, Any], parameters: list[Tensor], clip: Tensor | None) -> list[Tensor]:
+    def _updates(self, group: dict[str, Any], parameters: list[Tensor], clip: Tensor | None) -> Sequence[Tensor]:
         """Moves the momentum of these parameters, and orthogonalises."""
-        gradients, buffers = [parameter.grad for parameter in parameters], []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers.append(state["momentum_buffer"])
+        gradients = [parameter.grad for parameter in parameters]
+        buffers = [state["momentum_buffer"] for state in states]
         options = {name: group[name] for name in ("momentum", "nesterov")}
         return momentum_newton_schulz_(buffers, gradients, **options, clip=clip, steps=group["ns_steps"])
 
     @torch.no_grad()
-    def _apply(self, present: Sequence[int], updates: Mapping[int, Tensor]) -> None:
+    def _apply(self, moves: Iterable[Move]) -> None:
         """Decays the weights and takes the step."""
-        everything = self._parameters()
-        for group, indices in self._by_group(present):
-            parameters = [everything[index] for index in indices]
-            scales = [max(1.0, p.size(0) / p.size(1)) ** 0.5 for p in parameters]
-            moves = [updates[index] for index in indices]
-            muon_update_(parameters, moves, scales, lr=group["lr"], weight_decay=group["weight_decay"])
+        for group, parameters, updates in moves:
+            scales = _scales(tuple([parameter.shape for parameter in parameters]))
+            muon_update_(parameters, updates, scales, lr=group["lr"], weight_decay=group["weight_decay"])

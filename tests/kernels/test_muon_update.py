@@ -195,6 +195,22 @@ def test_what_the_kernels_do_not_take_goes_to_the_definition(change, device, sta
     assert not any(map(torch.equal, weights[:-1], before[:-1]))
 
 
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("change", [list, strided], ids=["aligned", "strided"])
+def test_updates_as_they_come_are_as_tensors(change, device, started):
+    """They are made when they are asked for; the kernel goes without."""
+    updates = momentum_newton_schulz_(
+        matrices(device, seed=7), matrices(device, seed=8), momentum=0.9, nesterov=True, steps=2
+    )
+    assert [tuple(update.shape) for update in updates] == SHAPES
+    assert len(updates) == len(SHAPES)
+    weights, others = change(matrices(device, seed=9)), change(matrices(device, seed=9))
+    muon_update_(weights, updates, SCALES, lr=0.1, weight_decay=0.1)
+    assert started[3:] == ["muon_update_kernel"] * (change is list)
+    muon_update_(others, [updates[index].clone() for index in range(len(SHAPES))], SCALES, lr=0.1, weight_decay=0.1)
+    assert all(map(torch.equal, weights, others))
+
+
 @pytest.mark.usefixtures("every_implementation")
 def test_nothing_to_do():
     assert momentum_newton_schulz_([], [], momentum=0.9, nesterov=True) == []
