@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.launch import VECTOR, piece_of, tl, triton
+from kernels.launch import VECTOR, current_stream, piece_of, tl, triton
 
 KEPT = 64  # tables of one kind
 
@@ -114,7 +114,7 @@ class KeptTables:
     def get(self, device: torch.device, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gave for this key: an object that holds tables on the device, made on this stream."""
         # The stream is in the key, because only there have the tables surely arrived.
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        stream = current_stream(device.index) if device.type == "cuda" else 0
         key = (device, stream, key)
         tables = self._kept.get(key)
         if tables is None:
