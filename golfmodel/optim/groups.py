@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.adamw import adamw
 
 from golfmodel.config import Config
 from golfmodel.model.parameters import Group, parameter_specs
-from golfmodel.optim.muon import Muon
+from golfmodel.optim.muon import Muon, with_gradients
 from golfmodel.runtime.distributed import Ranks
 from kernels.clipping import clip_factors, square_sums
 
@@ -94,8 +95,7 @@ class Optimizers:
         clip = self._clip() if self.grad_clip_norm > 0 else None
         finish_step = self.muon.start_step(None if clip is None else clip[0])
         # AdamW divides gradients by this, where it reads them anyway.
-        self.adam.grad_scale = None if clip is None else clip[1]
-        self.adam.step()
+        _step_adam(self.adam, None if clip is None else clip[1])
         finish_step()
         self._free_gradients()
 
@@ -105,15 +105,12 @@ class Optimizers:
         self.muon.abandon()
 
     def _free_gradients(self) -> None:
-        for parameter in (*self._matrices, *self._others):
+        for parameter in self._names:
             parameter.grad = None
 
     def _clip(self) -> Tensor | None:
         """What gradients are to be multiplied by so that their global norm is within bounds, and its inverse: `[2]`."""
-        here, everywhere = (
-            [parameter.grad for parameter in several if parameter.grad is not None]
-            for several in (self._matrices, self._others)
-        )
+        here, everywhere = (with_gradients(several)[1] for several in (self._matrices, self._others))
         ranks = self._ranks
         if ranks is None:
             gradients = [*here, *everywhere]
@@ -159,6 +156,40 @@ class Optimizers:
         for optimizer in self.all:
             for state in optimizer.state.values():
                 torch._foreach_zero_(list(state.values()))
+
+
+@torch.no_grad()
+def _step_adam(adam: AdamW, grad_scale: Tensor | None) -> None:
+    """`adam.step()` of one without further options, on gradients divided by `grad_scale`.
+
+    That one asks so much about each parameter that the host takes as long for them as for all matrices. So it is left
+    to give those a state that have none yet; later its function for lists is called without it.
+    """
+    moving = [with_gradients(group["params"]) for group in adam.param_groups]
+    states = [[adam.state[parameter] for parameter in parameters] for parameters, _ in moving]
+    if not all(map(all, states)):
+        adam.grad_scale = grad_scale
+        adam.step()
+        return
+    for group, (parameters, gradients), its_states in zip(adam.param_groups, moving, states, strict=True):
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            gradients,
+            [state["exp_avg"] for state in its_states],
+            [state["exp_avg_sq"] for state in its_states],
+            [],
+            [state["step"] for state in its_states],
+            fused=True,
+            grad_scale=grad_scale,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def state_shapes(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -16,6 +16,15 @@ from golfmodel.runtime.distributed import Ranks
 from kernels.muon_update import momentum_newton_schulz_, muon_update_
 
 
+def with_gradients(parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those that have a gradient, and the gradients."""
+    gradients = [parameter.grad for parameter in parameters]
+    if any([gradient is None for gradient in gradients]):
+        parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters]
+    return parameters, gradients
+
+
 class Move(NamedTuple):
     """What a step does to those of a group's parameters that have a gradient."""
 
@@ -177,8 +186,8 @@ class Muon(Optimizer):
         present, self._present = self._present, None
         moves = []
         for group in self.param_groups:
-            own = [parameter for parameter in group["params"] if parameter.grad is not None]
-            moves.append(Move(group, own, self._updates(group, own, clip)))
+            own, gradients = with_gradients(group["params"])
+            moves.append(Move(group, own, self._updates(group, own, gradients, clip)))
         return (lambda: self._apply(moves)) if self._shards is None else self._start_gathering(moves, present)
 
     def _start_gathering(self, own: Sequence[Move], present: Container[int]) -> Callable[[], None]:
@@ -231,13 +240,14 @@ class Muon(Optimizer):
         parameters = self._parameters()
         return parameters if self._shards is None else [parameters[index] for index in self._shards.own]
 
-    def _updates(self, group: dict[str, Any], parameters: list[Tensor], clip: Tensor | None) -> Sequence[Tensor]:
+    def _updates(
+        self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], clip: Tensor | None
+    ) -> Sequence[Tensor]:
         """Moves the momentum of these parameters, and orthogonalises."""
         states = [self.state[parameter] for parameter in parameters]
         for parameter, state in zip(parameters, states, strict=True):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters]
         buffers = [state["momentum_buffer"] for state in states]
         options = {name: group[name] for name in ("momentum", "nesterov")}
         return momentum_newton_schulz_(buffers, gradients, **options, clip=clip, steps=group["ns_steps"])

@@ -11,6 +11,7 @@ import torch
 from golfmodel.config import Config
 from golfmodel.model.gpt import GPT
 from golfmodel.model.parameters import Group, parameter_specs
+from golfmodel.optim import groups
 from golfmodel.optim.groups import Optimizers, state_shapes
 
 CONFIG = Config(
@@ -203,6 +204,34 @@ def test_a_step_is_that_of_clipped_gradients():
         models.append(model)
     for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_adam_moves_as_by_its_own_step(monkeypatch):
+    """To the bit, also where one parameter gets its first gradient late, and another has none for once."""
+    config = dataclasses.replace(UNTIED, grad_clip_norm=0.3, compute_dtype="bfloat16")
+    late, absent = named(GPT(config), Group.SCALAR)[:2]
+
+    def step_itself(adam: torch.optim.AdamW, grad_scale: torch.Tensor) -> None:
+        adam.grad_scale = grad_scale
+        adam.step()
+
+    found = []
+    for step_adam in (groups._step_adam, step_itself):
+        monkeypatch.setattr(groups, "_step_adam", step_adam)
+        model, optimizers = fresh(config)
+        for step in range(5):
+            optimizers.set_schedule(lr_scale=1 - step / 5, momentum=0.9)
+            set_gradients(model, step)
+            if step < 2:
+                model.get_parameter(late).grad = None
+            if step == 3:
+                model.get_parameter(absent).grad = None
+            optimizers.step()
+        found.append({**dict(model.named_parameters()), **optimizers.state_tensors()})
+    ours, theirs = found
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (float(ours[f"{late}.step"]), float(ours[f"{absent}.step"])) == (3, 4)
 
 
 def test_gradients_are_freed():
