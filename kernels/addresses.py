@@ -38,17 +38,17 @@ class Pieces(Sequence[Tensor]):
     def __init__(
         self,
         flat: Tensor,
-        shapes: Sequence[tuple[int, ...]],
+        shapes: tuple[tuple[int, ...], ...],
         strides: Sequence[tuple[int, ...]],
         starts: Sequence[int],
     ) -> None:
-        self.flat, self._shapes, self._strides, self._starts = flat, shapes, strides, starts
+        self.flat, self.shapes, self._strides, self._starts = flat, shapes, strides, starts
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Tensor:
-        return piece_of(self.flat, self._shapes[index], self._strides[index], self._starts[index])
+        return piece_of(self.flat, self.shapes[index], self._strides[index], self._starts[index])
 
     def __iter__(self) -> Iterator[Tensor]:
         return map(self.__getitem__, range(len(self)))
@@ -69,6 +69,11 @@ def aligned_addresses(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
     else:
         return None
     return None if functools.reduce(operator.or_, addresses) % VECTOR else addresses
+
+
+def shapes_of(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """Of each."""
+    return tensors.shapes if isinstance(tensors, Pieces) else tuple([tensor.shape for tensor in tensors])
 
 
 def is_capturing(device: torch.device) -> bool:

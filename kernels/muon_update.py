@@ -5,6 +5,7 @@ Shapes: M, N a matrix; Z matrices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.addresses import KeptTables, Pieces, aligned_addresses, kept_tables, table_on, typed_pointer
+from kernels.addresses import KeptTables, Pieces, aligned_addresses, kept_tables, shapes_of, table_on, typed_pointer
 from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
 from kernels.newton_schulz_tiles import Momentum, orthogonalize
 from kernels.reference import Triple, coefficients_per_step
@@ -122,11 +123,12 @@ def _momentum_newton_schulz_(
     steps: int,
     coefficients: str | Triple | Sequence[Triple] | None,
 ) -> Sequence[Tensor]:
-    if _addresses((*buffers, *gradients), momentum) is None:
+    addresses = _addresses((*gradients, *buffers), momentum)
+    if addresses is None:
         options = {"momentum": momentum, "nesterov": nesterov, "clip": clip}
         return reference.momentum_newton_schulz_(buffers, gradients, **options, steps=steps, coefficients=coefficients)
     triples = coefficients_per_step(coefficients, steps)
-    results = orthogonalize(gradients, triples, Momentum(buffers, momentum, nesterov, clip))
+    results = orthogonalize(gradients, triples, Momentum(buffers, addresses, momentum, nesterov, clip))
     torch.autograd.graph.increment_version(list(buffers))
     return results
 
@@ -165,15 +167,16 @@ def _muon_update_(
         reference.muon_update_(weights, updates, scales, lr=lr, weight_decay=weight_decay)
         return
     torch.autograd.graph.increment_version(list(weights))  # so that a graph that kept them notices
-    sizes, scales = tuple(map(Tensor.numel, weights)), tuple(scales)
+    shapes, scales = shapes_of(updates), tuple(scales)
 
     def make() -> _Work:
+        sizes = tuple(map(math.prod, shapes))
         chunks = _chunks(sizes, device)
         rows = list(zip(addresses, update_addresses, sizes, strict=True))
         matrices, factors = table_on(device, rows, torch.int64), table_on(device, scales, torch.float32)
         return _Work(chunks, matrices, factors, len(chunks), sum(sizes))
 
-    work = _works.get(device, (addresses, update_addresses, sizes, scales), make)
+    work = _works.get(device, (addresses, update_addresses, shapes, scales), make)
     tensor, number = tensor_and_number(lr)
     launch(
         muon_update_kernel,

@@ -273,27 +273,26 @@ def newton_schulz_kernel(
         item = tl.atomic_add(p_done, 1, sem="relaxed")
 
 
-def _table(plan: Plan, batches: Sequence[Tensor], buffers: Sequence[Tensor]) -> Tensor:
-    """The plan's rows with these addresses, on the device."""
-    device, addresses, momenta = batches[0].device, _addresses(plan, batches), _addresses(plan, buffers)
+def _table(plan: Plan, addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """The plan's rows with these addresses, of every matrix and then of every momentum, on the device."""
 
     def make() -> Tensor:
-        rows = zip(addresses, plan.rows, momenta or [0] * len(addresses), strict=True)
+        momenta = addresses[len(plan.rows) :] or [0] * len(plan.rows)
+        rows = zip(addresses, plan.rows, momenta, strict=False)
         return table_on(device, [(address, *row[1:6], momentum) for address, row, momentum in rows], torch.int64)
 
-    return plan.tables.get(device, (*addresses, *momenta), make)
+    return plan.tables.get(device, addresses, make)
 
 
-def _addresses(plan: Plan, tensors: Sequence[Tensor]) -> list[int]:
+def _addresses(batches: Sequence[Tensor]) -> tuple[int, ...]:
     """Of every matrix."""
-    firsts = list(map(Tensor.data_ptr, tensors))
-    if len(firsts) in (0, len(plan.rows)):  # none of several matrices
-        return firsts
-    addresses = []
-    for first, tensor in zip(firsts, tensors, strict=True):
-        size = tensor[0].nbytes if tensor.dim() == 3 else 0
-        addresses += [first + number * size for number in range(len(tensor) if size else 1)]
-    return addresses
+    return tuple(
+        [
+            batch.data_ptr() + number * math.prod(batch.shape[-2:]) * batch.itemsize
+            for batch in batches
+            for number in range(math.prod(batch.shape[:-2]))
+        ]
+    )
 
 
 @functools.cache
@@ -305,7 +304,8 @@ def _programs(device: torch.device) -> int:
 class Momentum(NamedTuple):
     """Buffers beside gradients, and how both become what is orthogonalized."""
 
-    buffers: Sequence[Tensor]  # like the batches; moved in place
+    buffers: Sequence[Tensor]  # like the batches, which are matrices; moved in place
+    addresses: tuple[int, ...]  # of every gradient, then of every buffer
     factor: float | Tensor  # [] on the device where it is a tensor
     nesterov: bool
     clip: Tensor | None = None  # [] on the device: gradients are multiplied by it first
@@ -322,8 +322,8 @@ def orthogonalize(
     device = batches[0].device
     shapes = tuple([x.shape for x in batches])
     plan = plan_of(shapes, coefficients, device)
-    buffers, factor, nesterov, clip = momentum or Momentum((), 0.0, False)
-    table = _table(plan, batches, buffers)
+    buffers, addresses, factor, nesterov, clip = momentum or Momentum((), _addresses(batches), 0.0, False)
+    table = _table(plan, addresses, device)
     # the interpreter can neither multiply bfloat16 nor round to it
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     work = torch.empty(plan.workspace * plan.tile**2, dtype=dtype, device=device)

@@ -86,6 +86,7 @@ class Optimizers:
         """For the last backward before a step: as `Muon.reducing`."""
         return self.muon.reducing()
 
+    @torch.no_grad()
     def step(self) -> None:
         """Averages gradients over the ranks, clips their global norm, updates every parameter, frees the gradients."""
         if self._ranks is not None:
@@ -158,7 +159,6 @@ class Optimizers:
                 torch._foreach_zero_(list(state.values()))
 
 
-@torch.no_grad()
 def _step_adam(adam: AdamW, grad_scale: Tensor | None) -> None:
     """`adam.step()` of one without further options, on gradients divided by `grad_scale`.
 

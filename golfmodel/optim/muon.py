@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from golfmodel.optim.sharding import Reducing, Shards
 from golfmodel.runtime.distributed import Ranks
+from kernels.addresses import shapes_of
 from kernels.muon_update import momentum_newton_schulz_, muon_update_
 
 
@@ -174,9 +175,10 @@ class Muon(Optimizer):
         self.start_step()()
         return loss
 
-    @torch.no_grad()
     def start_step(self, clip: Tensor | None = None) -> Callable[[], None]:
         """This rank's part of a step; what it returns waits for the other ranks' and changes the weights.
+
+        Both are for callers under `torch.no_grad`, as `step` is.
 
         Args:
             clip: what gradients are multiplied by, `[]` on their device; None for 1.
@@ -252,9 +254,9 @@ class Muon(Optimizer):
         options = {name: group[name] for name in ("momentum", "nesterov")}
         return momentum_newton_schulz_(buffers, gradients, **options, clip=clip, steps=group["ns_steps"])
 
-    @torch.no_grad()
     def _apply(self, moves: Iterable[Move]) -> None:
         """Decays the weights and takes the step."""
         for group, parameters, updates in moves:
-            scales = _scales(tuple([parameter.shape for parameter in parameters]))
-            muon_update_(parameters, updates, scales, lr=group["lr"], weight_decay=group["weight_decay"])
+            muon_update_(
+                parameters, updates, _scales(shapes_of(updates)), lr=group["lr"], weight_decay=group["weight_decay"]
+            )
