@@ -72,16 +72,23 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, sizes, constants, num_warps=num_warps, counted=counted)
         return
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    misaligned = 0
-    for pointer in pointers:
-        misaligned |= pointer or 0
+    key: list = [id(kernel), device, num_warps, constants]
+    pointers, misaligned = [], 0
+    for tensor in tensors:
+        if tensor is None:
+            pointers.append(None)
+            key.append(None)
+        else:
+            pointer = tensor.data_ptr()
+            misaligned |= pointer
+            pointers.append(pointer)
+            key.append(tensor.dtype)
     if misaligned % VECTOR:
         kernel[grid](*tensors, *sizes, *constants, num_warps=num_warps)
         return
-    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-    wide = tuple([size >= 2**31 for size in sizes])  # those that Triton takes as int64
-    key = (id(kernel), device, num_warps, constants, wide, *dtypes)
+    for size in sizes:
+        key.append(size >= 2**31)  # those Triton takes as int64
+    key = tuple(key)
     kept = _compiled.get(key)
     if kept is None:
         compiled = kernel[grid](*tensors, *sizes, *constants, num_warps=num_warps)
