@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from golfmodel.config import Config
 from golfmodel.model.parameters import Group, parameter_specs
-from golfmodel.optim.muon import Muon, with_gradients
+from golfmodel.optim.muon import Moving, Muon, moving
 from golfmodel.runtime.distributed import Ranks
 from kernels.clipping import clip_factors, square_sums
 
@@ -39,7 +39,6 @@ class Optimizers:
             by_group[specs[name].group].append(parameter)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._ranks = ranks if ranks is not None and ranks.world_size > 1 else None
-        self._matrices = by_group[Group.MATRIX]
         self._others = [p for group, several in by_group.items() if group is not Group.MATRIX for p in several]
         self.grad_clip_norm = config.grad_clip_norm
         self.muon = Muon(
@@ -93,10 +92,11 @@ class Optimizers:
             finish_reducing = self.muon.start_reducing()
             self._ranks.average_gradients(self._others)
             finish_reducing()
-        clip = self._clip() if self.grad_clip_norm > 0 else None
-        finish_step = self.muon.start_step(None if clip is None else clip[0])
+        matrices, others = (list(map(moving, optimizer.param_groups)) for optimizer in self.all)
+        clip = self._clip(matrices, others) if self.grad_clip_norm > 0 else None
+        finish_step = self.muon.start_step(None if clip is None else clip[0], matrices)
         # AdamW divides gradients by this, where it reads them anyway.
-        _step_adam(self.adam, None if clip is None else clip[1])
+        _step_adam(self.adam, others, None if clip is None else clip[1])
         finish_step()
         self._free_gradients()
 
@@ -109,9 +109,11 @@ class Optimizers:
         for parameter in self._names:
             parameter.grad = None
 
-    def _clip(self) -> Tensor | None:
+    def _clip(self, matrices: Sequence[Moving], others: Sequence[Moving]) -> Tensor | None:
         """What gradients are to be multiplied by so that their global norm is within bounds, and its inverse: `[2]`."""
-        here, everywhere = (with_gradients(several)[1] for several in (self._matrices, self._others))
+        here, everywhere = (
+            [gradient for each in several for gradient in each.gradients] for several in (matrices, others)
+        )
         ranks = self._ranks
         if ranks is None:
             gradients = [*here, *everywhere]
@@ -159,19 +161,18 @@ class Optimizers:
                 torch._foreach_zero_(list(state.values()))
 
 
-def _step_adam(adam: AdamW, grad_scale: Tensor | None) -> None:
-    """`adam.step()` of one without further options, on gradients divided by `grad_scale`.
+def _step_adam(adam: AdamW, movings: Sequence[Moving], grad_scale: Tensor | None) -> None:
+    """`adam.step()` of one without further options, on gradients divided by `grad_scale`; `movings` are its groups'.
 
     That one asks so much about each parameter that the host takes as long for them as for all matrices. So it is left
     to give those a state that have none yet; later its function for lists is called without it.
     """
-    moving = [with_gradients(group["params"]) for group in adam.param_groups]
-    states = [[adam.state[parameter] for parameter in parameters] for parameters, _ in moving]
+    states = [[adam.state[parameter] for parameter in each.parameters] for each in movings]
     if not all(map(all, states)):
         adam.grad_scale = grad_scale
         adam.step()
         return
-    for group, (parameters, gradients), its_states in zip(adam.param_groups, moving, states, strict=True):
+    for group, (parameters, gradients), its_states in zip(adam.param_groups, movings, states, strict=True):
         beta1, beta2 = group["betas"]
         adamw(
             parameters,

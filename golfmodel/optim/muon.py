@@ -17,13 +17,21 @@ from kernels.addresses import shapes_of
 from kernels.muon_update import momentum_newton_schulz_, muon_update_
 
 
-def with_gradients(parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Those that have a gradient, and the gradients."""
+class Moving(NamedTuple):
+    """Those of a group's parameters that have a gradient, and the gradients."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+
+
+def moving(group: dict[str, Any]) -> Moving:
+    """What of an optimizer's group a step moves."""
+    parameters = group["params"]
     gradients = [parameter.grad for parameter in parameters]
     if any([gradient is None for gradient in gradients]):
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters]
-    return parameters, gradients
+    return Moving(parameters, gradients)
 
 
 class Move(NamedTuple):
@@ -175,21 +183,24 @@ class Muon(Optimizer):
         self.start_step()()
         return loss
 
-    def start_step(self, clip: Tensor | None = None) -> Callable[[], None]:
+    def start_step(self, clip: Tensor | None = None, movings: Sequence[Moving] | None = None) -> Callable[[], None]:
         """This rank's part of a step; what it returns waits for the other ranks' and changes the weights.
 
         Both are for callers under `torch.no_grad`, as `step` is.
 
         Args:
             clip: what gradients are multiplied by, `[]` on their device; None for 1.
+            movings: `moving` of each group, if the caller knows it.
         """
         if self._shards is not None and self._present is None:
             self.start_reducing()()
         present, self._present = self._present, None
-        moves = []
-        for group in self.param_groups:
-            own, gradients = with_gradients(group["params"])
-            moves.append(Move(group, own, self._updates(group, own, gradients, clip)))
+        if movings is None:
+            movings = list(map(moving, self.param_groups))
+        moves = [
+            Move(group, own.parameters, self._updates(group, own, clip))
+            for group, own in zip(self.param_groups, movings, strict=True)
+        ]
         return (lambda: self._apply(moves)) if self._shards is None else self._start_gathering(moves, present)
 
     def _start_gathering(self, own: Sequence[Move], present: Container[int]) -> Callable[[], None]:
@@ -242,10 +253,9 @@ class Muon(Optimizer):
         parameters = self._parameters()
         return parameters if self._shards is None else [parameters[index] for index in self._shards.own]
 
-    def _updates(
-        self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], clip: Tensor | None
-    ) -> Sequence[Tensor]:
+    def _updates(self, group: dict[str, Any], own: Moving, clip: Tensor | None) -> Sequence[Tensor]:
         """Moves the momentum of these parameters, and orthogonalises."""
+        parameters, gradients = own
         states = [self.state[parameter] for parameter in parameters]
         for parameter, state in zip(parameters, states, strict=True):
             if not state:
