@@ -3,14 +3,18 @@
 Decided on the host, from shapes and coefficients. What the tiles are, and why the order is safe, stands in
 `kernels.newton_schulz_tiles`, whose kernels read these tables.
 
-Iterations are taken in segments. Within one, X waits: with R = X X^T, of n iterations the i-th is a polynomial
-P_i = c R^2 + b R + a of the R of its time, all of which commute, so that
+Iterations are taken one at a time or in pairs. With R = X X^T, one is X <- P X, where P = c R^2 + b R + a. In a pair
+X waits: P and R commute, so that the second iteration's R is P1 R P1, and both together are
 
-    R <- P_i R P_i      X <- P_n ... P_1 X
+    X <- P2 P1 X
 
-A segment of one iteration is the usual form. In longer ones products with the long side of X become products of
-square matrices with the short one, of which half is computed: they save arithmetic where X is long, and cost accuracy,
-how much depending on the coefficients.
+Products with the long side of X then become products of square matrices with the short one, of which half is computed:
+pairs save arithmetic where X is long.
+
+They cost accuracy where singular values differ much. What bfloat16 rounds off R stands in the place of small ones, and
+an iteration multiplies it by up to a^2 as it does them. Where R comes from X again, that is mended; so after a pair
+comes a single iteration. (Three at once gave results eight times too large for gradients of a few large singular
+values.) And P1 is kept without its a: rounded with it, a would cost more than all that P1 is where R is large.
 
 Shapes: M, N a matrix as given; everything else in tiles, whose side `tile_of` chooses for all matrices of a call.
 """
@@ -36,8 +40,8 @@ FEW = 512  # small tiles: as many as the largest call has in which they were fou
 START_ROWS = {"cuda": 8, "cpu": 64}
 START_COLUMNS = LARGE
 ALIGNMENT = 8  # elements: every result starts at a multiple of 16 bytes
-# Buffers of a matrix: X, X after an update; squares: R, P R, and three that P and the product of all P take in turn.
-X, R, PR, P = (0, 1), 2, 3, (4, 5, 6)
+# Buffers of a matrix: X, X after an update; squares: R, the polynomial; of a pair P1 R, later P2 P1, and P2.
+X, R, P, PR, P2 = (0, 1), 2, 3, 4, 5
 
 
 def multiplications(rows: int, columns: int) -> int:
@@ -47,7 +51,7 @@ def multiplications(rows: int, columns: int) -> int:
 
 
 class Stage(NamedTuple):
-    """target = alpha * left @ right + beta * R + gamma, of buffers by number. Squares and X X^T are symmetric.
+    """target = alpha * left @ right + beta * added + gamma, of buffers by number. Squares and X X^T are symmetric.
 
     At first X is what was given, which still has to be multiplied by its scale: alpha is, `power` times.
     """
@@ -55,10 +59,15 @@ class Stage(NamedTuple):
     left: int
     right: int
     target: int
+    added: int = R
     alpha: float = 1.0
     beta: float = 0.0
     gamma: float = 0.0
     power: int = 0
+
+    @property
+    def factors(self) -> tuple[float, float, float, int]:
+        return self.alpha, self.beta, self.gamma, self.power
 
     @property
     def is_symmetric(self) -> bool:
@@ -67,35 +76,36 @@ class Stage(NamedTuple):
 
 
 def stages_of(coefficients: Sequence[Triple], segments: Sequence[int]) -> list[Stage]:
-    """All products of a matrix, one after another.
+    """All products of a matrix, one after another; in segments of one iteration or two, as many as there are triples.
 
-    The polynomial of a segment's last iteration is computed from R + b / 2c, of which c (R + b / 2c)^2 + a - b^2 / 4c
-    is the same polynomial without a sum of matrices; not where the square cannot be completed (c is 0) or would cancel
-    (the parabola falls below 0, or opens downwards).
+    The last polynomial of a segment is computed from R + b / 2c, of which c (R + b / 2c)^2 + a - b^2 / 4c is the same
+    polynomial without a sum of matrices; not where the square cannot be completed (c is 0) or would cancel (the
+    parabola falls below 0, or opens downwards).
     """
     stages = []
     triples = iter(coefficients)
     for number, length in enumerate(segments):
-        x = X[number % 2]
-        polynomial = product = None
-        for step, (a, b, c) in enumerate(itertools.islice(triples, length)):
-            last = step == length - 1
-            least = a - b * b / (4 * c) if c > 0 else -1.0
-            completed = last and least >= 0
-            shift = b / (2 * c) if completed else 0.0
-            left, right = (x, x) if polynomial is None else (polynomial, PR)
-            power = 2 if not stages else 0
-            stages.append(Stage(left, right, R, gamma=shift, power=power))
-            polynomial = next(each for each in P if each != product)
-            stages.append(Stage(R, R, polynomial, c, *((0.0, least) if completed else (b, a))))
-            if product is None:
-                product = polynomial
-            else:
-                before, product = product, next(each for each in P if each not in (product, polynomial))
-                stages.append(Stage(polynomial, before, product))
-            if not last:
-                stages.append(Stage(polynomial, R, PR))
-        stages.append(Stage(product, x, X[1 - number % 2], power=0 if number else 1))
+        x, target = X[number % 2], X[1 - number % 2]
+        given = number == 0
+        *pair, (a, b, c) = itertools.islice(triples, length)
+        least = a - b * b / (4 * c) if c > 0 else -1.0
+        shift, beta, gamma = (b / (2 * c), 0.0, least) if least >= 0 else (0.0, b, a)
+        gram = Stage(x, x, R, gamma=0.0 if pair else shift, power=2 if given else 0)
+        product = P
+        if pair:
+            ((a1, b1, c1),) = pair
+            product = PR
+            stages += [
+                gram,
+                Stage(R, R, P, alpha=c1, beta=b1),
+                Stage(P, R, PR, added=R, beta=a1),
+                Stage(P, PR, R, added=PR, beta=a1, gamma=shift),
+                Stage(R, R, P2, alpha=c, beta=beta, gamma=gamma),
+                Stage(P2, P, PR, added=P2, beta=a1),
+            ]
+        else:
+            stages += [gram, Stage(R, R, P, alpha=c, beta=beta, gamma=gamma)]
+        stages.append(Stage(product, x, target, power=1 if given else 0))
     return stages
 
 
@@ -149,27 +159,26 @@ def operations_of(M: int, N: int, stages: Sequence[Stage]) -> float:
 
 
 def segments_of(M: int, N: int, coefficients: tuple[Triple, ...]) -> tuple[int, ...]:
-    """The lengths of the segments in which a matrix takes its iterations, whatever the tiles.
+    """How many iterations a matrix takes at a time, 1 or 2, whatever the tiles.
 
-    Long ones where they save arithmetic, and only where their error was found to be that of the usual form: four
-    iterations or more with the quintic, three at first, then two at a time. With Polar Express it is up to three times
-    as large, and so it is with the quintic where three come late.
+    Every other time 2 where that saves arithmetic, and only where the error was found to be within twice that of the
+    definition: four iterations or more with the quintic. Polar Express begins with an a that is too large for it.
     """
     usual = (1,) * len(coefficients)
     if len(coefficients) < 4 or set(coefficients) != {NAMED_COEFFICIENTS["quintic"][0]}:
         return usual
-    long: list[int] = []
-    while sum(long) < len(coefficients):
-        long.append(min(2 if long else 3, len(coefficients) - sum(long)))
+    pairs: list[int] = []
+    while sum(pairs) < len(coefficients):
+        pairs.append(min(1 if len(pairs) % 2 else 2, len(coefficients) - sum(pairs)))
     place = place_of(M, N, 0, LARGE)
-    return min((usual, tuple(long)), key=lambda each: cost_of(place, stages_of(coefficients, each)))
+    return min((usual, tuple(pairs)), key=lambda each: cost_of(place, stages_of(coefficients, each)))
 
 
 def tile_of(shapes: Sequence[tuple[int, ...]], coefficients: tuple[Triple, ...]) -> int:
-    """The side of all tiles of a call: small where there are few of them, large where one matrix has a long segment.
+    """The side of all tiles of a call: small where there are few of them, large where one matrix has a pair.
 
-    Few large tiles leave most of the device idle. A matrix has the same result either way, to the bit, but in a long
-    segment: there squares are products of unlike matrices, whose two triangles are rounded differently, and the tiles
+    Few large tiles leave most of the device idle. A matrix has the same result either way, to the bit, but with a
+    pair: there squares are products of unlike matrices, whose two triangles are rounded differently, and the tiles
     decide which of them a diagonal tile's lower half is. So with the quintic no list in which some matrix is twice as
     long as wide has small tiles.
     """
@@ -198,19 +207,19 @@ def work_order(places: Sequence[Place], stages: Sequence[Sequence[Stage]], tile:
             counter = counters[matrix] + index
             waits = (counter - 1, place.count(own[index - 1])) if index else (-1, 0)
             for product, written, row, column in _tiles(place, own[index], last=index == len(own) - 1):
-                factors = numbers[own[index][3:]]
+                factors = numbers[own[index].factors]
                 items.append((*product, *written, factors, matrix, row * tile, column * tile, *waits, counter))
     return items
 
 
 def factors_of(stages: Sequence[Sequence[Stage]]) -> list[tuple[float, float, float, int]]:
     """Alpha, beta, gamma and power, each combination that there is."""
-    return list(dict.fromkeys(stage[3:] for each in stages for stage in each))
+    return list(dict.fromkeys(stage.factors for each in stages for stage in each))
 
 
 def _tiles(place: Place, stage: Stage, *, last: bool) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int, int]]:
     """Of each tile of a stage: its product, the tiles added, written and written transposed, its row and column."""
-    left, right, target = map(place.buffer, stage[:3])
+    left, right, target, added = map(place.buffer, stage[:4])
     depth = place.depth(stage)
     if not stage.is_symmetric:
         for row, column in itertools.product(range(place.rows), range(place.columns)):
@@ -228,7 +237,7 @@ def _tiles(place: Place, stage: Stage, *, last: bool) -> Iterator[tuple[tuple[in
         else:
             product = (1, left + row * depth, 1, right + column * depth, 1, depth)
         at, mirror = row * side + column, column * side + row
-        yield product, (place.buffer(R) + at, target + at, target + mirror if row != column else -1), row, column
+        yield product, (added + at, target + at, target + mirror if row != column else -1), row, column
 
 
 class Plan(NamedTuple):
