@@ -228,6 +228,7 @@ def _roofline(rows: list[dict[str, Any]], described: str) -> bytes:
     axes.axvline(100, color="black", linewidth=0.8)
     axes.set(xlabel="% of the ceiling (copy for bytes, matmul for operations)", xlim=(0, 115))
     axes.set_title(described, fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.legend(loc="lower right")
     return _png(figure)
