@@ -14,7 +14,8 @@ pairs save arithmetic where X is long.
 They cost accuracy where singular values differ much. What bfloat16 rounds off R stands in the place of small ones, and
 an iteration multiplies it by up to a^2 as it does them. Where R comes from X again, that is mended; so after a pair
 comes a single iteration. (Three at once gave results eight times too large for gradients of a few large singular
-values.) And P1 is kept without its a: rounded with it, a would cost more than all that P1 is where R is large.
+values.) And P1 is kept without its a: to round a with it would be the largest error of all for matrices whose columns
+differ in size, and more than the definition's may be.
 
 Shapes: M, N a matrix as given; everything else in tiles, whose side `tile_of` chooses for all matrices of a call.
 """
@@ -162,10 +163,11 @@ def segments_of(M: int, N: int, coefficients: tuple[Triple, ...]) -> tuple[int, 
     """How many iterations a matrix takes at a time, 1 or 2, whatever the tiles.
 
     Every other time 2 where that saves arithmetic, and only where the error was found to be within twice that of the
-    definition: four iterations or more with the quintic. Polar Express begins with an a that is too large for it.
+    definition: four to six iterations with the quintic. With seven or eight it is a little more; Polar Express begins
+    with an a that is too large for it.
     """
     usual = (1,) * len(coefficients)
-    if len(coefficients) < 4 or set(coefficients) != {NAMED_COEFFICIENTS["quintic"][0]}:
+    if not 4 <= len(coefficients) <= 6 or set(coefficients) != {NAMED_COEFFICIENTS["quintic"][0]}:
         return usual
     pairs: list[int] = []
     while sum(pairs) < len(coefficients):
@@ -179,8 +181,8 @@ def tile_of(shapes: Sequence[tuple[int, ...]], coefficients: tuple[Triple, ...])
 
     Few large tiles leave most of the device idle. A matrix has the same result either way, to the bit, but with a
     pair: there squares are products of unlike matrices, whose two triangles are rounded differently, and the tiles
-    decide which of them a diagonal tile's lower half is. So with the quintic no list in which some matrix is twice as
-    long as wide has small tiles.
+    decide which of them a diagonal tile's lower half is. So no list in which a pair saves
+    arithmetic for some matrix, as for most that are not square, has small tiles.
     """
     usual = (1,) * len(coefficients)
     if any(segments_of(M, N, coefficients) != usual for *_, M, N in shapes):
