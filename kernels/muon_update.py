@@ -123,6 +123,8 @@ def _momentum_newton_schulz_(
     steps: int,
     coefficients: str | Triple | Sequence[Triple] | None,
 ) -> Sequence[Tensor]:
+    if len(buffers) != len(gradients):
+        raise ValueError(f"{len(buffers)} buffers for {len(gradients)} gradients: as many are needed")
     addresses = _addresses((*gradients, *buffers), momentum)
     if addresses is None:
         options = {"momentum": momentum, "nesterov": nesterov, "clip": clip}
@@ -171,6 +173,8 @@ def _muon_update_(
 
     def make() -> _Work:
         sizes = tuple(map(math.prod, shapes))
+        if sizes != tuple(map(Tensor.numel, weights)):
+            raise ValueError("weights and updates differ in size: each weight needs an update of its own shape")
         chunks = _chunks(sizes, device)
         rows = list(zip(addresses, update_addresses, sizes, strict=True))
         matrices, factors = table_on(device, rows, torch.int64), table_on(device, scales, torch.float32)

@@ -171,6 +171,7 @@ def _step_adam(adam: AdamW, movings: Sequence[Moving], grad_scale: Tensor | None
     if not all(map(all, states)):
         adam.grad_scale = grad_scale
         adam.step()
+        adam.grad_scale = None  # of this step's gradients
         return
     for group, (parameters, gradients), its_states in zip(adam.param_groups, movings, states, strict=True):
         beta1, beta2 = group["betas"]

@@ -183,10 +183,11 @@ class Muon(Optimizer):
         self.start_step()()
         return loss
 
+    @torch.no_grad()
     def start_step(self, clip: Tensor | None = None, movings: Sequence[Moving] | None = None) -> Callable[[], None]:
         """This rank's part of a step; what it returns waits for the other ranks' and changes the weights.
 
-        Both are for callers under `torch.no_grad`, as `step` is.
+        That is for callers under `torch.no_grad`, as `step` is.
 
         Args:
             clip: what gradients are multiplied by, `[]` on their device; None for 1.

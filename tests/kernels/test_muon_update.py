@@ -252,3 +252,14 @@ def test_traced_steps_run_the_definitions(device, compiled):
         step(reference, *theirs)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_lists_that_do_not_fit_are_refused(device):
+    """The kernels go by one list's sizes and would write past the end of the other's."""
+    first, second = torch.randn(8, 16, device=device), torch.randn(8, 16, device=device)
+    with pytest.raises(ValueError, match="1 buffers for 2 gradients"):
+        momentum_newton_schulz_([torch.zeros_like(first)], [first, second], momentum=0.9, nesterov=True)
+    weight = torch.zeros(8, 8, device=device)
+    with pytest.raises(ValueError, match="differ in size"):
+        muon_update_([weight], [first], [1.0], lr=0.1, weight_decay=0.0)
