@@ -7,7 +7,6 @@ in `do_not_specialize`, then its compile-time constants. `launch` counts on that
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,10 +45,12 @@ def launch(
     constants: tuple,
     *,
     num_warps: int = 4,
+    cooperative: bool = False,
     counted: Counted | None = None,
 ) -> None:
     """`kernel[grid](*tensors, *sizes, *constants)` on the device of the first tensor.
 
+    With `cooperative` all programs are resident at once; where the device cannot hold them, the start fails.
     `counted` is given where that is not to touch these tensors once, and nothing more.
 
     Triton's own start of a kernel looks at every argument anew, which takes the host longer than the smaller
@@ -70,9 +71,10 @@ def launch(
         return
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, tensors, sizes, constants, num_warps=num_warps, counted=counted)
+            options = {"num_warps": num_warps, "cooperative": cooperative, "counted": counted}
+            launch(kernel, grid, tensors, sizes, constants, **options)
         return
-    key: list = [id(kernel), device, num_warps, constants]
+    key: list = [id(kernel), device, num_warps, cooperative, constants]
     pointers, misaligned = [], 0
     for tensor in tensors:
         if tensor is None:
@@ -84,14 +86,15 @@ def launch(
             pointers.append(pointer)
             key.append(tensor.dtype)
     if misaligned % VECTOR:
-        kernel[grid](*tensors, *sizes, *constants, num_warps=num_warps)
+        kernel[grid](*tensors, *sizes, *constants, num_warps=num_warps, launch_cooperative_grid=cooperative)
         return
     for size in sizes:
         key.append(size >= 2**31)  # those Triton takes as int64
     key = tuple(key)
     kept = _compiled.get(key)
     if kept is None:
-        compiled = kernel[grid](*tensors, *sizes, *constants, num_warps=num_warps)
+        options = {"num_warps": num_warps, "launch_cooperative_grid": cooperative}
+        compiled = kernel[grid](*tensors, *sizes, *constants, **options)
         _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
         return
     run, function, metadata = kept
@@ -111,12 +114,38 @@ def launch_with_descriptors(
     device: torch.device,
     *,
     num_warps: int,
-    num_stages: int,
+    num_stages: int = 3,
+    cooperative: bool = False,
     counted: Counted,
 ) -> None:
-    """`kernel[grid](*arguments)` by Triton's own launcher, for kernels that the copy engine's descriptors go to."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
+    """`kernel[grid](*arguments)` on a device, for kernels that the copy engine's descriptors go to.
+
+    `cooperative` as for `launch`, which keeps what was compiled in the same way; here it is kept for every number.
+    """
+    options: dict = {"num_warps": num_warps, "num_stages": num_stages}
+    if device.type != "cuda":
+        kernel[grid](*arguments, **options)
+        return
+    with torch.cuda.device(device):
+        key = (id(kernel), device, num_warps, num_stages, cooperative, *map(_trait, arguments))
+        kept = _compiled.get(key)
+        if kept is None:
+            compiled = kernel[grid](*arguments, **options, launch_cooperative_grid=cooperative)
+            _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+            return
+        run, function, metadata = kept
+        x, y, z = (*grid, 1, 1)[:3]
+        stream = current_stream(torch.cuda.current_device())
+        run(x, y, z, stream, function, metadata, None, None, None, *arguments)
+
+
+def _trait(argument: Any) -> Any:
+    """What the code compiled for an argument depends on."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % VECTOR == 0
+    if hasattr(argument, "block_shape"):  # a descriptor
+        return argument.base.dtype, *argument.block_shape
+    return argument
 
 
 @triton.jit

@@ -35,7 +35,12 @@ from kernels.launch import cdiv
 from kernels.reference import NAMED_COEFFICIENTS, Triple
 
 SMALL, LARGE = 64, 128  # sides of a tile
-FEW = 512  # small tiles: as many as the largest call has in which they were found the faster, on an H100
+# Small tiles of all matrices of a call, and of their squares: as many as the largest call has in which they were found
+# the faster, on an H100.
+FEW, FEW_SQUARES = 512, 264
+# Matrices are worked on in groups, so that what is computed from them stays in L2; of at least as many tiles of their
+# squares, so that a device has enough to do.
+TOGETHER = 256
 # Rows and columns that one program copies, whatever the tiles: the order in which squares are summed for a norm must
 # not depend on them. The rows divide a tile's; the interpreter is slow to start a program.
 START_ROWS = {"cuda": 8, "cpu": 64}
@@ -74,6 +79,11 @@ class Stage(NamedTuple):
     def is_symmetric(self) -> bool:
         """Whether one triangle of its tiles is computed."""
         return self.target not in X
+
+    @property
+    def is_of_unlike(self) -> bool:
+        """Whether it is the product of two squares: symmetric but for rounding, which differs in the two triangles."""
+        return self.is_symmetric and self.left != self.right
 
 
 def stages_of(coefficients: Sequence[Triple], segments: Sequence[int]) -> list[Stage]:
@@ -123,13 +133,18 @@ class Place(NamedTuple):
         """The short one."""
         return min(self.rows, self.columns)
 
+    @property
+    def triangle(self) -> int:
+        """Tiles of a square on and above its diagonal."""
+        return self.side * (self.side + 1) // 2
+
     def buffer(self, number: int) -> int:
         """Its first tile."""
         return self.first + min(number, R) * self.rows * self.columns + max(number - R, 0) * self.side**2
 
     def count(self, stage: Stage) -> int:
         """Items of a stage."""
-        return self.side * (self.side + 1) // 2 if stage.is_symmetric else self.rows * self.columns
+        return self.triangle if stage.is_symmetric else self.rows * self.columns
 
     def depth(self, stage: Stage) -> int:
         """Tiles along the inner dimension of a stage's product."""
@@ -176,33 +191,39 @@ def segments_of(M: int, N: int, coefficients: tuple[Triple, ...]) -> tuple[int, 
     return min((usual, tuple(pairs)), key=lambda each: cost_of(place, stages_of(coefficients, each)))
 
 
-def tile_of(shapes: Sequence[tuple[int, ...]], coefficients: tuple[Triple, ...]) -> int:
-    """The side of all tiles of a call: small where there are few of them, large where one matrix has a pair.
+def tile_of(shapes: Sequence[tuple[int, ...]]) -> int:
+    """The side of all tiles of a call: small where there are few of them, since few large ones leave a device idle.
 
-    Few large tiles leave most of the device idle. A matrix has the same result either way, to the bit, but with a
-    pair: there squares are products of unlike matrices, whose two triangles are rounded differently, and the tiles
-    decide which of them a diagonal tile's lower half is. So no list in which a pair saves
-    arithmetic for some matrix, as for most that are not square, has small tiles.
+    A matrix has the same result either way, to the bit.
     """
-    usual = (1,) * len(coefficients)
-    if any(segments_of(M, N, coefficients) != usual for *_, M, N in shapes):
-        return LARGE
-    tiles = sum(math.prod(batch) * cdiv(M, SMALL) * cdiv(N, SMALL) for *batch, M, N in shapes)
-    return SMALL if tiles <= FEW else LARGE
+    tiles = squares = 0
+    for *batch, M, N in shapes:
+        place = place_of(M, N, 0, SMALL)
+        tiles += math.prod(batch) * place.rows * place.columns
+        squares += math.prod(batch) * place.triangle
+    return SMALL if tiles <= FEW and squares <= FEW_SQUARES else LARGE
+
+
+def groups_of(places: Sequence[Place], costs: Sequence[int]) -> list[list[int]]:
+    """Matrices that are worked on together, the most expensive first; groups are as alike as can be."""
+    by_cost = sorted(range(len(places)), key=lambda matrix: -costs[matrix])
+    tiles = sum(place.triangle for place in places)
+    number = min(max(tiles // TOGETHER, 1), len(places))
+    return [by_cost[group::number] for group in range(number)]
 
 
 def work_order(places: Sequence[Place], stages: Sequence[Sequence[Stage]], tile: int) -> list[tuple[int, ...]]:
-    """Every item in the order in which items are handed out: stage by stage, the most expensive matrices first.
+    """Every item in the order in which items are taken: group by group, in each stage by stage.
 
     Returns:
         For each what `newton_schulz_kernel` reads; its factors by their number in `factors_of`.
     """
-    by_cost = sorted(range(len(places)), key=lambda matrix: -cost_of(places[matrix], stages[matrix]))
-    counters = list(itertools.accumulate(map(len, stages), initial=1))
+    counters = list(itertools.accumulate(map(len, stages), initial=0))
     numbers = {factors: number for number, factors in enumerate(factors_of(stages))}
     items = []
-    for index in range(max(map(len, stages))):
-        for matrix in by_cost:
+    groups = groups_of(places, list(map(cost_of, places, stages)))
+    for group, index in itertools.product(groups, range(max(map(len, stages)))):
+        for matrix in group:
             place, own = places[matrix], stages[matrix]
             if index >= len(own):
                 continue
@@ -220,7 +241,11 @@ def factors_of(stages: Sequence[Sequence[Stage]]) -> list[tuple[float, float, fl
 
 
 def _tiles(place: Place, stage: Stage, *, last: bool) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int, int]]:
-    """Of each tile of a stage: its product, the tiles added, written and written transposed, its row and column."""
+    """Of each tile of a stage: its product, the tiles added, written and written transposed, its row and column.
+
+    Where a diagonal tile is to be written transposed to its own place, its upper triangle stands for the lower one too.
+    Then the tiles' size decides nothing.
+    """
     left, right, target, added = map(place.buffer, stage[:4])
     depth = place.depth(stage)
     if not stage.is_symmetric:
@@ -230,7 +255,7 @@ def _tiles(place: Place, stage: Stage, *, last: bool) -> Iterator[tuple[tuple[in
                 product = (1, right + row * depth, 1, left + column * depth, 1, depth)
             else:
                 product = (0, left + row * depth, 1, right + column, place.columns, depth)
-            yield product, (at, -1 if last else at, -1), row, column
+            yield product, (-1, -1 if last else at, -1), row, column
         return
     side = place.side
     for row, column in itertools.combinations_with_replacement(range(side), 2):
@@ -239,7 +264,9 @@ def _tiles(place: Place, stage: Stage, *, last: bool) -> Iterator[tuple[tuple[in
         else:
             product = (1, left + row * depth, 1, right + column * depth, 1, depth)
         at, mirror = row * side + column, column * side + row
-        yield product, (added + at, target + at, target + mirror if row != column else -1), row, column
+        mirrored = row != column or stage.is_of_unlike
+        written = (added + at if stage.beta else -1, target + at, target + mirror if mirrored else -1)
+        yield product, written, row, column
 
 
 class Plan(NamedTuple):
@@ -250,12 +277,10 @@ class Plan(NamedTuple):
     parts: Tensor  # for `start_kernel`
     items: Tensor  # for `newton_schulz_kernel`
     factors: Tensor  # for the same
-    adds: bool  # whether any beta is not 0
     counters: int  # that it counts with
     starts: list[int]  # where the results of each batch begin
     strides: list[tuple[int, ...]]  # of the same
-    columns: int  # a divisor of every N
-    alignment: int  # a divisor of where every result begins
+    vector: int  # elements: a divisor of every N, and so of where every result begins, up to ALIGNMENT
     workspace: int  # tiles
     copied: int  # tiles of it that the matrices take as they are given
     operations: float
@@ -270,7 +295,7 @@ def plan_of(shapes: tuple[tuple[int, ...], ...], coefficients: tuple[Triple, ...
     rows, parts, places, stages, starts, strides = [], [], [], [], [], []
     workspace = results = copied = 0
     operations = 0.0
-    start_rows, tile = START_ROWS[device.type], tile_of(shapes, coefficients)
+    start_rows, tile = START_ROWS[device.type], tile_of(shapes)
     for *batch, M, N in shapes:
         strides.append((*[M * N for _ in batch], N, 1))
         results = cdiv(results, ALIGNMENT) * ALIGNMENT
@@ -297,12 +322,10 @@ def plan_of(shapes: tuple[tuple[int, ...], ...], coefficients: tuple[Triple, ...
         KeptTables(),
         *(table_on(device, table, torch.int32) for table in tables),
         factors=table_on(device, factors, torch.float32),
-        adds=any(beta for _, beta, _, _ in factors),
-        counters=1 + sum(map(len, stages)),
+        counters=sum(map(len, stages)),
         starts=starts,
         strides=strides,
-        columns=math.gcd(*[N for *_, N in shapes]),
-        alignment=math.gcd(ALIGNMENT, *[row[5] for row in rows]),
+        vector=math.gcd(ALIGNMENT, *[N for *_, N in shapes]),
         workspace=workspace,
         copied=copied,
         operations=operations,

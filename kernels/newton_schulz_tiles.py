@@ -9,10 +9,11 @@ Its stages are products of such matrices (`kernels.newton_schulz_plan`), in the 
 
 where a number stands for so many times the identity; for a tall matrix the products have X on their other side.
 
-A work item is one tile of one stage of one matrix. Programs take items in turn from a list in which every item comes
-after those it needs, and wait until a counter says that the matrix's stage before is done. While one matrix waits,
-others are worked on, so that no stage's last tiles leave the device idle. Items are handed out in the list's order:
-the first one that is not done is always being worked on, and waits for nothing. So the waiting ends.
+A work item is one tile of one stage of one matrix. They are dealt out in turn to programs, from a list in which every
+item comes after those it needs; a program waits until a counter says that the matrix's stage before is done. While one
+matrix waits, others are worked on, so that no stage's last tiles leave the device idle. All programs are resident at
+once (a cooperative launch), and each works its items off in the list's order: the first one that is not done waits for
+nothing. So the waiting ends.
 
 Shapes: M, N a matrix as given; Z matrices; I items; J kinds of stages.
 `p_matrices` is int64 [Z, 7]: address, M, N, the first of its parts and how many, where its result begins, and the
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from kernels.addresses import Pieces, table_on, typed_pointer
 from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
-from kernels.newton_schulz_plan import ALIGNMENT, LARGE, SMALL, START_COLUMNS, Plan, plan_of
+from kernels.newton_schulz_plan import LARGE, SMALL, START_COLUMNS, Plan, plan_of
 from kernels.reference import Triple
 from kernels.tuning import next_power_of_2
 
@@ -194,22 +195,21 @@ def wait_for(p_counter, count):
 @triton.jit(do_not_specialize=["ITEMS"])
 def newton_schulz_kernel(
     p_work, p_out, p_items, p_matrices, p_factors, p_scales, p_done, ITEMS,
-    ADDS: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr, b_T: tl.constexpr, b_K: tl.constexpr,
-    PIPELINED: tl.constexpr,
+    VECTOR: tl.constexpr, b_T: tl.constexpr, b_K: tl.constexpr, PIPELINED: tl.constexpr,
 ):  # fmt: skip
     """target = alpha * (the product of left and right tiles) + beta * added + gamma * identity, for every item.
 
     `p_items` is int32 [I, 16]: which side of the product is transposed (0 none, 1 the right, 2 the left); first
-    tile and step of left and of right; how many; the tiles added, written (-1: the result), and written transposed
-    (-1: none); factors; matrix; row and column of the tile; the counter to wait for (-1: none), what it must say, and
-    the one to raise. `p_factors` is float32 [J, 4]: alpha, beta, gamma, and the power of the matrix's scale by which
-    alpha is multiplied; no beta is used without ADDS.
+    tile and step of left and of right; how many; the tiles added (-1: none), written (-1: the result), and written
+    transposed (-1: none); factors; matrix; row and column of the tile; the counter to wait for (-1: none), what it must
+    say, and the one to raise. `p_factors` is float32 [J, 4]: alpha, beta, gamma, and the power of the matrix's scale by
+    which alpha is multiplied.
     """
     b_E: tl.constexpr = b_T * b_T
     r_T = tl.arange(0, b_T)
     square = r_T[:, None] * b_T + r_T[None, :]
     transposed = r_T[None, :] * b_T + r_T[:, None]
-    item = tl.atomic_add(p_done, 1, sem="relaxed")
+    item = tl.program_id(0)
     while item < ITEMS:
         p_item = p_items + 16 * item
         form = tl.load(p_item)
@@ -218,26 +218,25 @@ def newton_schulz_kernel(
         p_right = p_work + tl.load(p_item + 3).to(tl.int64) * b_E
         right_step = tl.load(p_item + 4)
         K = tl.load(p_item + 5)
-        added = tl.load(p_item + 6).to(tl.int64) * b_E
-        target = tl.load(p_item + 7).to(tl.int64) * b_E
-        mirror = tl.load(p_item + 8).to(tl.int64) * b_E
-        p_factor = p_factors + 4 * tl.load(p_item + 9)
+        added = tl.load(p_item + 6)
+        target = tl.load(p_item + 7)
+        mirror = tl.load(p_item + 8)
+        factors = tl.load(p_item + 9)
         matrix = tl.load(p_item + 10)
         row = tl.load(p_item + 11)
         column = tl.load(p_item + 12)
         waits_for = tl.load(p_item + 13)
         count = tl.load(p_item + 14)
         raises = tl.load(p_item + 15)
-        alpha = tl.load(p_factor)
-        gamma = tl.load(p_factor + 2)
-        power = tl.load(p_factor + 3)
-        if power > 0:
-            scale = tl.load(p_scales + matrix)
-            alpha *= scale
-            if power > 1:
-                alpha *= scale
         if waits_for >= 0:
             wait_for(p_done + waits_for, count)
+        # used after the products, and on their way during them
+        p_factor = p_factors + 4 * factors
+        alpha = tl.load(p_factor)
+        beta = tl.load(p_factor + 1)
+        gamma = tl.load(p_factor + 2)
+        power = tl.load(p_factor + 3)
+        scale = tl.load(p_scales + matrix)
 
         # One after another, not one or the other: products of branches that meet would be waited for step by step.
         product = tl.zeros((b_T, b_T), tl.float32)
@@ -248,29 +247,35 @@ def newton_schulz_kernel(
         if form == 2:
             product = add_product(product, p_left, p_right, left_step, right_step, K, True, False, b_T, b_K, PIPELINED)
 
+        if power > 0:
+            alpha *= scale
+        if power > 1:
+            alpha *= scale
         product *= alpha
-        if ADDS:
-            beta = tl.load(p_factor + 1)
-            if beta != 0:
-                # from L2: another program wrote it
-                product += beta * tl.load(p_work + added + square, cache_modifier=".cg").to(tl.float32)
+        if added >= 0:
+            p_added = p_work + added.to(tl.int64) * b_E + square
+            # from L2: another program wrote it
+            product += beta * tl.load(p_added, cache_modifier=".cg").to(tl.float32)
         if (row == column) & (gamma != 0):
             product += tl.where(r_T[:, None] == r_T[None, :], gamma, 0)
+        value = product.to(p_work.dtype.element_ty)
+        if (mirror >= 0) & (mirror == target):
+            value = tl.where(r_T[:, None] <= r_T[None, :], value, tl.trans(value))
         if target >= 0:
-            tl.store(p_work + target + square, product.to(p_work.dtype.element_ty))
-            if mirror >= 0:
-                tl.store(p_work + mirror + transposed, product.to(p_work.dtype.element_ty))
+            tl.store(p_work + target.to(tl.int64) * b_E + square, value)
+            if (mirror >= 0) & (mirror != target):
+                tl.store(p_work + mirror.to(tl.int64) * b_E + transposed, value)
         else:
             p_matrix = p_matrices + matrix * 7
             M = tl.load(p_matrix + 1).to(tl.int32)
             N = tl.load(p_matrix + 2).to(tl.int32) // VECTOR * VECTOR
-            p_result = p_out + tl.multiple_of(tl.load(p_matrix + 5), ALIGNED) + row.to(tl.int64) * N
+            p_result = p_out + tl.multiple_of(tl.load(p_matrix + 5), VECTOR) + row.to(tl.int64) * N
             p_result += tl.multiple_of(column, b_T)
             mask = (r_T < M - row)[:, None] & (r_T < N - column)[None, :]
-            tl.store(p_result + (r_T[:, None] * N + r_T[None, :]), product.to(tl.bfloat16), mask=mask)
+            tl.store(p_result + (r_T[:, None] * N + r_T[None, :]), value.to(tl.bfloat16), mask=mask)
         tl.debug_barrier()  # all of the tile is written before it is counted
         tl.atomic_add(p_done + raises, 1, sem="release")
-        item = tl.atomic_add(p_done, 1, sem="relaxed")
+        item += tl.num_programs(0)
 
 
 def _table(plan: Plan, addresses: tuple[int, ...], device: torch.device) -> Tensor:
@@ -297,8 +302,12 @@ def _addresses(batches: Sequence[Tensor]) -> tuple[int, ...]:
 
 @functools.cache
 def _programs(device: torch.device) -> int:
-    """As many as the device can hold; one for the interpreter, which runs a program to its end before the next."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """As many as fit on a device at once; one for the interpreter, which runs a program to its end before the next."""
+    if device.type != "cuda":
+        return 1
+    # What two need of a processor, a Hopper's has.
+    each = 2 if torch.cuda.get_device_capability(device) == (9, 0) else 1
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class Momentum(NamedTuple):
@@ -358,7 +367,8 @@ def orthogonalize(
         (min(_programs(device), items),),
         (work, out, plan.items, table, plan.factors, scales, done),
         (items,),
-        (plan.adds, math.gcd(ALIGNMENT, plan.columns), plan.alignment, plan.tile, DEPTH, PIPELINED[plan.tile]),
+        (plan.vector, plan.tile, DEPTH, PIPELINED[plan.tile]),
+        cooperative=True,
         counted=lambda: (copied + out.nbytes, plan.operations),
     )
     return Pieces(out, shapes, plan.strides, plan.starts)

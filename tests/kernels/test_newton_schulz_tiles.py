@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -39,7 +40,7 @@ def reads_of(item):
     """The tiles that an item reads."""
     _, left, left_step, right, right_step, count, added, *_ = item
     products = {left + k * left_step for k in range(count)} | {right + k * right_step for k in range(count)}
-    return products, added
+    return products | ({added} if added >= 0 else set())
 
 
 def writes_of(item):
@@ -64,7 +65,31 @@ def test_items_wait_for_what_comes_before_them(order):
         if waits_for >= 0:
             assert done[waits_for] == count
         done[raises] += 1
-    assert 0 not in done  # the counter that hands items out
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7, 132])
+def test_programs_that_work_their_items_off_in_order_end(order, programs):
+    """Each has every so-manieth item and does nothing else while it waits."""
+    hands = [list(order[first::programs]) for first in range(programs)]
+    done = Counter()
+    while any(hands):
+        ready = [hand for hand in hands if hand and (hand[0][13] < 0 or done[hand[0][13]] >= hand[0][14])]
+        assert ready
+        for hand in ready:
+            done[hand.pop(0)[15]] += 1
+
+
+def test_groups_of_matrices_have_enough_to_do_and_one_mix_of_shapes():
+    squares = [plan.place_of(1024, 1024, 0, TILE)] * 64
+    groups = plan.groups_of(squares, [1] * 64)
+    assert sorted(itertools.chain(*groups)) == list(range(64))
+    assert {plan.TOGETHER - 36 < 36 * len(group) < 2 * plan.TOGETHER for group in groups} == {True}
+    mixed = [plan.place_of(512, columns, 0, TILE) for columns in (512, 1536) for _ in range(64)]
+    groups = plan.groups_of(mixed, [place.columns for place in mixed])
+    assert len(groups) == 5
+    assert {len([matrix for matrix in group if matrix >= 64]) for group in groups} == {12, 13}
+    assert all(group == sorted(group, key=lambda matrix: -mixed[matrix].columns) for group in groups)
+    assert len(plan.groups_of(mixed[:20] + mixed[-20:], [1] * 40)) == 1
 
 
 def test_a_stage_reads_what_the_stages_before_have_written(planned_shapes, order):
@@ -74,21 +99,18 @@ def test_a_stage_reads_what_the_stages_before_have_written(planned_shapes, order
     by_counter = {}
     for item in order:
         by_counter.setdefault(item[15], []).append(item)
-    assert sorted(by_counter) == list(range(1, 1 + sum(map(len, stages))))
+    assert sorted(by_counter) == list(range(sum(map(len, stages))))
     for _, items in sorted(by_counter.items()):
         assert len({(item[9], item[10]) for item in items}) == 1
-        products = set().union(*(reads_of(item)[0] for item in items))
         written_now = Counter(tile for item in items for tile in writes_of(item))
-        assert products <= written
-        if factors[items[0][9]][1]:
-            assert {reads_of(item)[1] for item in items} <= written
+        assert set().union(*map(reads_of, items)) <= written
+        assert {item[6] >= 0 for item in items} == {factors[items[0][9]][1] != 0}
         if written_now:  # the last stage writes results
             assert set(written_now.values()) == {1}
         # items of one stage run at the same time: none may write what another reads
         for item in items:
-            others = [other for other in items if other is not item]
-            assert writes_of(item).isdisjoint(reads_of(item)[0])
-            assert all(writes_of(item).isdisjoint({*reads_of(other)[0], reads_of(other)[1]}) for other in others)
+            assert all(writes_of(item).isdisjoint(reads_of(other)) for other in items if other is not item)
+            assert writes_of(item).isdisjoint(reads_of(item) - {item[6]})
         written |= set(written_now)
 
 
@@ -97,8 +119,7 @@ def test_no_matrix_touches_anothers_tiles(planned_shapes, order):
     for item in order:
         place = places[item[10]]
         own = range(place.first, place.first + plan.tiles_of(place, stages[item[10]]))
-        products, added = reads_of(item)
-        assert {*products, added, *writes_of(item)} <= set(own)
+        assert reads_of(item) | writes_of(item) <= set(own)
     assert sum(map(plan.tiles_of, places, stages)) == total
 
 
@@ -169,9 +190,11 @@ def test_items_are_the_iteration(shape, segments, triples):
         form, left, left_step, right, right_step, count, added, target, mirror, number, _, row, column = item[:13]
         product = sum(FORMS[form](work[left + k * left_step], work[right + k * right_step]) for k in range(count))
         alpha, beta, gamma, power = factors[number]
-        product = alpha * scale**power * product + (beta * work[added] if beta else 0)
+        product = alpha * scale**power * product + (beta * work[added] if added >= 0 else 0)
         if row == column and gamma:
             product += gamma * torch.eye(128, dtype=torch.float64)
+        if 0 <= mirror == target:
+            product = product.triu() + product.triu(1).mT
         if target < 0:
             result[row : row + 128, column : column + 128] = product
         else:
@@ -210,36 +233,35 @@ def large_tiles(monkeypatch) -> Iterator[Callable[[], None]]:
 
 
 def test_small_tiles_where_there_are_few():
-    five = (QUINTIC,) * 5
-    few = [(1, 1), (1024, 1024), (8, 512, 512), (64, 128, 128), (3, 2, 200, 200)]
-    many = [(2048, 2048), (64, 256, 256)]
-    assert {plan.tile_of([shape], five) for shape in few} == {plan.SMALL}
-    assert {plan.tile_of([shape], five) for shape in many} == {plan.LARGE}
-    assert plan.tile_of([(1, 1)] * 512, five) == plan.SMALL
-    assert plan.tile_of([(1, 1)] * 513, five) == plan.LARGE
-    pairs = [(128, 512), (1, 1)]
-    assert plan.tile_of(pairs, five) == plan.LARGE
-    assert plan.tile_of(pairs, TRIPLES) == plan.SMALL
+    few = [(1, 1), (1024, 1024), (1024, 2048), (4, 512, 512), (64, 128, 128), (3, 2, 200, 200)]
+    many = [(2048, 2048), (64, 256, 256), (8, 512, 512), (64, 128, 512)]
+    assert {plan.tile_of([shape]) for shape in few} == {plan.SMALL}
+    assert {plan.tile_of([shape]) for shape in many} == {plan.LARGE}
+    assert plan.tile_of([(1, 1)] * 264) == plan.SMALL
+    assert plan.tile_of([(1, 1)] * 265) == plan.LARGE
+    assert plan.tile_of([(64, 512 * 64)]) == plan.SMALL
+    assert plan.tile_of([(64, 512 * 64 + 1)]) == plan.LARGE
 
 
 @pytest.mark.usefixtures("triton_kernels", "poisoned_outputs")
 def test_small_tiles_give_the_bits_of_large_ones(device, large_tiles):
     generator = torch.Generator().manual_seed(3)
-    shapes = ((3, 33, 20), (20, 100), (128, 128), (65, 300), (300, 192))
+    shapes = ((3, 33, 20), (20, 100), (128, 128), (65, 300), (300, 65), (300, 192))
     matrices = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
-    calls = [(matrices[:3], (QUINTIC,) * 5), (matrices, NAMED_COEFFICIENTS["polar_express"][:5]), (matrices, TRIPLES)]
-    assert {plan.tile_of([x.shape for x in given], triples) for given, triples in calls} == {plan.SMALL}
+    calls = [(QUINTIC,) * 5, NAMED_COEFFICIENTS["polar_express"][:5], TRIPLES]
+    assert {plan.segments_of(*shape, calls[0]) for shape in shapes[1:]} == {(1,) * 5, (2, 1, 2)}
+    assert plan.tile_of(shapes) == plan.SMALL
 
     def results() -> list[torch.Tensor]:
         return [
             result
-            for given, triples in calls
-            for result in kernels.newton_schulz(given, steps=len(triples), coefficients=triples)
+            for triples in calls
+            for result in kernels.newton_schulz(matrices, steps=len(triples), coefficients=triples)
         ]
 
     small = results()
     large_tiles()
-    assert {plan.tile_of([x.shape for x in given], triples) for given, triples in calls} == {plan.LARGE}
+    assert plan.tile_of(shapes) == plan.LARGE
     assert all(map(torch.equal, small, results()))
 
 
