@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import newton_schulz_hopper
 from kernels.addresses import Pieces, table_on, typed_pointer
 from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
 from kernels.newton_schulz_plan import LARGE, SMALL, START_COLUMNS, Plan, plan_of
@@ -362,13 +363,18 @@ def orthogonalize(
         (nesterov, *SAFE_NORMS, plan.start_rows, START_COLUMNS, plan.tile, 128),
         counted=lambda: (sums.nbytes + scales.nbytes, 0.0),
     )
-    launch(
-        newton_schulz_kernel,
-        (min(_programs(device), items),),
-        (work, out, plan.items, table, plan.factors, scales, done),
-        (items,),
-        (plan.vector, plan.tile, DEPTH, PIPELINED[plan.tile]),
-        cooperative=True,
-        counted=lambda: (copied + out.nbytes, plan.operations),
-    )
+    tables = (work, out, plan.items, table, plan.factors, scales, done)
+    counted = lambda: (copied + out.nbytes, plan.operations)  # noqa: E731
+    if plan.tile == LARGE and newton_schulz_hopper.runs_on(device):
+        newton_schulz_hopper.work_off(tables, items, plan.vector, counted)
+    else:
+        launch(
+            newton_schulz_kernel,
+            (min(_programs(device), items),),
+            tables,
+            (items,),
+            (plan.vector, plan.tile, DEPTH, PIPELINED[plan.tile]),
+            cooperative=True,
+            counted=counted,
+        )
     return Pieces(out, shapes, plan.strides, plan.starts)
