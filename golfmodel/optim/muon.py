@@ -17,24 +17,24 @@ from kernels.addresses import shapes_of
 from kernels.muon_update import momentum_newton_schulz_, muon_update_
 
 
-class Moving(NamedTuple):
+class Graded(NamedTuple):
     """Those of a group's parameters that have a gradient, and the gradients."""
 
     parameters: list[Tensor]
     gradients: list[Tensor]
 
 
-def moving(group: dict[str, Any]) -> Moving:
-    """What of an optimizer's group a step moves."""
+def graded(group: dict[str, Any]) -> Graded:
+    """What of an optimizer's group a step updates."""
     parameters = group["params"]
     gradients = [parameter.grad for parameter in parameters]
     if any([gradient is None for gradient in gradients]):
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters]
-    return Moving(parameters, gradients)
+    return Graded(parameters, gradients)
 
 
-class Move(NamedTuple):
+class GroupUpdates(NamedTuple):
     """What a step does to those of a group's parameters that have a gradient."""
 
     group: dict[str, Any]
@@ -184,27 +184,27 @@ class Muon(Optimizer):
         return loss
 
     @torch.no_grad()
-    def start_step(self, clip: Tensor | None = None, movings: Sequence[Moving] | None = None) -> Callable[[], None]:
+    def start_step(self, clip: Tensor | None = None, groups: Sequence[Graded] | None = None) -> Callable[[], None]:
         """This rank's part of a step; what it returns waits for the other ranks' and changes the weights.
 
         That is for callers under `torch.no_grad`, as `step` is.
 
         Args:
             clip: what gradients are multiplied by, `[]` on their device; None for 1.
-            movings: `moving` of each group, if the caller knows it.
+            groups: `graded` of each group, if the caller knows it.
         """
         if self._shards is not None and self._present is None:
             self.start_reducing()()
         present, self._present = self._present, None
-        if movings is None:
-            movings = list(map(moving, self.param_groups))
-        moves = [
-            Move(group, own.parameters, self._updates(group, own, clip))
-            for group, own in zip(self.param_groups, movings, strict=True)
+        if groups is None:
+            groups = list(map(graded, self.param_groups))
+        by_group = [
+            GroupUpdates(group, own.parameters, self._updates(group, own, clip))
+            for group, own in zip(self.param_groups, groups, strict=True)
         ]
-        return (lambda: self._apply(moves)) if self._shards is None else self._start_gathering(moves, present)
+        return (lambda: self._apply(by_group)) if self._shards is None else self._start_gathering(by_group, present)
 
-    def _start_gathering(self, own: Sequence[Move], present: Container[int]) -> Callable[[], None]:
+    def _start_gathering(self, own: Sequence[GroupUpdates], present: Container[int]) -> Callable[[], None]:
         """Starts to give every rank this rank's updates; what it returns waits for everybody's, and takes the step."""
         parameters = self._parameters()
         index_of = {parameter: index for index, parameter in enumerate(parameters)}
@@ -217,11 +217,12 @@ class Muon(Optimizer):
         gathered = self._shards.start_gathering(updates, torch.float64 if wide else torch.bfloat16)
 
         def finish() -> None:
-            everything, moves = gathered(), []
+            everything, by_group = gathered(), []
             for group in self.param_groups:
-                moving = [parameter for parameter in group["params"] if index_of[parameter] in present]
-                moves.append(Move(group, moving, [everything[index_of[parameter]] for parameter in moving]))
-            self._apply(moves)
+                parameters = [parameter for parameter in group["params"] if index_of[parameter] in present]
+                its_updates = [everything[index_of[parameter]] for parameter in parameters]
+                by_group.append(GroupUpdates(group, parameters, its_updates))
+            self._apply(by_group)
 
         return finish
 
@@ -254,7 +255,7 @@ class Muon(Optimizer):
         parameters = self._parameters()
         return parameters if self._shards is None else [parameters[index] for index in self._shards.own]
 
-    def _updates(self, group: dict[str, Any], own: Moving, clip: Tensor | None) -> Sequence[Tensor]:
+    def _updates(self, group: dict[str, Any], own: Graded, clip: Tensor | None) -> Sequence[Tensor]:
         """Moves the momentum of these parameters, and orthogonalises."""
         parameters, gradients = own
         states = [self.state[parameter] for parameter in parameters]
@@ -265,9 +266,9 @@ class Muon(Optimizer):
         options = {name: group[name] for name in ("momentum", "nesterov")}
         return momentum_newton_schulz_(buffers, gradients, **options, clip=clip, steps=group["ns_steps"])
 
-    def _apply(self, moves: Iterable[Move]) -> None:
+    def _apply(self, by_group: Iterable[GroupUpdates]) -> None:
         """Decays the weights and takes the step."""
-        for group, parameters, updates in moves:
+        for group, parameters, updates in by_group:
             muon_update_(
                 parameters, updates, _scales(shapes_of(updates)), lr=group["lr"], weight_decay=group["weight_decay"]
             )
