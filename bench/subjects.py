@@ -67,6 +67,7 @@ def subjects(*, on_gpu: bool) -> list[Subject]:
 
 _MATRICES = ((1536, 512), (4096, 4096), (36864, 512))
 _SIDES, _BATCHES = (64, 128, 256, 512, 1024, 2048), (1, 8, 64)
+_OBLONG = ((1, 512, 128), (16, 256, 512), (1, 512, 1536), (8, 512, 1536), (1, 1024, 2048))
 _GPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
     "smear_gate": ((1, 2048, 512), (8, 2048, 512), (48, 2048, 512)),
     "bigram_hash": ((8, 2048, 2048), (48, 2048, 2048)),
@@ -78,7 +79,7 @@ _GPU_SHAPES: dict[str, Sequence[tuple[int, ...]]] = {
     "squared_relu_mlp": ((8, 2048, 512, 1536), (48, 2048, 512, 1536)),
     "squared_relu_mlp_fp8": ((8, 2048, 512, 1536), (48, 2048, 512, 1536)),
     "linear_cross_entropy": ((8, 2048, 512, 1024), (48, 2048, 512, 1024)),
-    "newton_schulz": tuple((batch, side, side) for side in _SIDES for batch in _BATCHES),
+    "newton_schulz": (*((batch, side, side) for side in _SIDES for batch in _BATCHES), *_OBLONG),
     "quantize_int6": _MATRICES,
     "dequantize_int6": _MATRICES,
     "fake_quantize_int6 to bfloat16": _MATRICES,
