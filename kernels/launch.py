@@ -120,14 +120,15 @@ def launch_with_descriptors(
 ) -> None:
     """`kernel[grid](*arguments)` on a device, for kernels that the copy engine's descriptors go to.
 
-    `cooperative` as for `launch`, which keeps what was compiled in the same way; here it is kept for every number.
+    `cooperative` as for `launch`, which keeps what was compiled in the same way.
     """
     options: dict = {"num_warps": num_warps, "num_stages": num_stages}
     if device.type != "cuda":
         kernel[grid](*arguments, **options)
         return
     with torch.cuda.device(device):
-        key = (id(kernel), device, num_warps, num_stages, cooperative, *map(_trait, arguments))
+        traits = map(_trait, kernel.params, arguments)
+        key = (id(kernel), device, num_warps, num_stages, cooperative, *traits)
         kept = _compiled.get(key)
         if kept is None:
             compiled = kernel[grid](*arguments, **options, launch_cooperative_grid=cooperative)
@@ -139,13 +140,13 @@ def launch_with_descriptors(
         run(x, y, z, stream, function, metadata, None, None, None, *arguments)
 
 
-def _trait(argument: Any) -> Any:
+def _trait(parameter: Any, argument: Any) -> Any:
     """What the code compiled for an argument depends on."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % VECTOR == 0
     if hasattr(argument, "block_shape"):  # a descriptor
         return argument.base.dtype, *argument.block_shape
-    return argument
+    return argument >= 2**31 if parameter.do_not_specialize else argument
 
 
 @triton.jit

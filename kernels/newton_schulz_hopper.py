@@ -4,17 +4,17 @@ There a tile costs more time around its products than in them: to learn what to 
 write, to fetch, to write and to say so. Here warps of their own do each at the same time. Of a program
 
 - one warp takes its items one after another, waits until what they read has been written, and has the copy engine fetch
-  it into a ring of stages, as far ahead as there is room;
+  it into a ring of slots, as far ahead as there is room;
 - two groups of four warps take turns: one multiplies while the other finishes its tile, writes and counts it.
 
 There is one program for each processor, and items are dealt out in turn, so that all three know which come next. That
 needs every program to be resident (a cooperative launch): then the first item that is not done waits for nothing, and
 the waiting ends.
 
-A stage holds DEPTH columns (or rows, where they are transposed) of a left tile in its first half and of a right one in
-its second; one half where both are the same; or a whole tile that is added.
+A slot's halves hold DEPTH columns of a left tile and DEPTH rows of a right one, or the other way round for one that is
+transposed; only the first does where both are the same. Or they hold the halves of a tile that is added.
 
-Shapes: S stages; T rows or columns of a tile, K of half a stage.
+Shapes: S slots, H halves of them; T rows or columns of a tile, K of what a half holds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from kernels.newton_schulz_plan import LARGE
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # as it is called before Triton 3.7
@@ -39,16 +45,17 @@ except ImportError:  # a platform without Triton, or one that is too old: the ke
     gluon, TensorDescriptor = triton, None
 
 DEPTH = 64  # 128 bytes, which is what the copy engine swizzles
-STAGES = 6  # of 32 KB; there is room for no more
-REGISTERS = (232, 24)  # of a thread that multiplies, of one that fetches
+SLOTS = 6  # of 32 KB; there is room for no more
+# Of a thread of the second group that multiplies and of one that fetches; the first group has what is left.
+REGISTERS = (232, 24)
 
 
 @gluon.jit
-def fetch_half(d_columns, d_rows, tile, step, TRANSPOSED, columns_HTK, rows_HKT, half, arrived, pred):
-    """Has columns of a tile fetched into half a stage, or rows; `step` counts them in DEPTH."""
+def fetch_half(d_columns, d_rows, tile, step, BY_ROWS, columns_HTK, rows_HKT, half, arrived, pred):
+    """Has columns of a tile fetched into half a slot, or rows; `step` counts them in DEPTH."""
     T: gl.constexpr = rows_HKT.shape[2]
     K: gl.constexpr = rows_HKT.shape[1]
-    if TRANSPOSED:
+    if BY_ROWS:
         tma.async_copy_global_to_shared(d_rows, [tile * T + step * K, 0], arrived, rows_HKT.index(half), pred=pred)
     else:
         tma.async_copy_global_to_shared(d_columns, [tile * T, step * K], arrived, columns_HTK.index(half), pred=pred)
@@ -56,9 +63,9 @@ def fetch_half(d_columns, d_rows, tile, step, TRANSPOSED, columns_HTK, rows_HKT,
 
 @gluon.jit
 def fetch_items(d_columns, d_rows, p_items, p_done, ring, ITEMS):
-    """Fetches what this program's items read, stage after stage; `n` counts the stages of all of them."""
+    """Fetches what this program's items read, slot after slot; `n` counts those of all of them."""
     columns_HTK, rows_HKT, arrived_S, free_S = ring
-    STAGES: gl.constexpr = arrived_S.shape[0]
+    SLOTS: gl.constexpr = arrived_S.shape[0]
     T: gl.constexpr = rows_HKT.shape[2]
     K: gl.constexpr = rows_HKT.shape[1]
     HALF: gl.constexpr = 2 * T * K  # bytes
@@ -87,27 +94,25 @@ def fetch_items(d_columns, d_rows, p_items, p_done, ring, ITEMS):
         unlike = same == 0
         for tile in range(0, tiles):
             for step in gl.static_range(T // K):
-                stage = n % STAGES
-                arrived = arrived_S.index(stage)
-                mbarrier.wait(free_S.index(stage), ((n // STAGES) & 1) ^ 1)
+                slot = n % SLOTS
+                arrived = arrived_S.index(slot)
+                mbarrier.wait(free_S.index(slot), ((n // SLOTS) & 1) ^ 1)
                 mbarrier.expect(arrived, HALF, pred=same)
                 mbarrier.expect(arrived, 2 * HALF, pred=unlike)
                 from_left = left + tile * left_step
                 from_right = right + tile * right_step
-                half = 2 * stage
+                half = 2 * slot
                 fetch_half(d_columns, d_rows, from_left, step, form == 2, columns_HTK, rows_HKT, half, arrived, True)
                 half += 1
                 fetch_half(d_columns, d_rows, from_right, step, form != 1, columns_HTK, rows_HKT, half, arrived, unlike)
                 n += 1
         if added >= 0:
-            stage = n % STAGES
-            arrived = arrived_S.index(stage)
-            mbarrier.wait(free_S.index(stage), ((n // STAGES) & 1) ^ 1)
+            slot = n % SLOTS
+            arrived = arrived_S.index(slot)
+            mbarrier.wait(free_S.index(slot), ((n // SLOTS) & 1) ^ 1)
             mbarrier.expect(arrived, 2 * HALF)
             for step in gl.static_range(T // K):
-                fetch_half(
-                    d_columns, d_rows, added, step, False, columns_HTK, rows_HKT, 2 * stage + step, arrived, True
-                )
+                fetch_half(d_columns, d_rows, added, step, False, columns_HTK, rows_HKT, 2 * slot + step, arrived, True)
             n += 1
         item += gl.num_programs(0)
 
@@ -116,36 +121,36 @@ def fetch_items(d_columns, d_rows, p_items, p_done, ring, ITEMS):
 def add_product(
     product, ring, turn, n, steps, same, added, LEFT_TRANSPOSED: gl.constexpr, RIGHT_TRANSPOSED: gl.constexpr
 ):
-    """The product of left and right tiles, from stage n on; then it is the others' turn."""
+    """The product of left and right tiles, from slot n on; then it is the others' turn."""
     columns_HTK, rows_HKT, arrived_S, free_S = ring
-    STAGES: gl.constexpr = arrived_S.shape[0]
+    SLOTS: gl.constexpr = arrived_S.shape[0]
     for step in range(0, steps):
-        stage = n % STAGES
-        mbarrier.wait(arrived_S.index(stage), (n // STAGES) & 1)
-        other = 2 * stage + gl.where(same, 0, 1)
-        left = rows_HKT.index(2 * stage).permute((1, 0)) if LEFT_TRANSPOSED else columns_HTK.index(2 * stage)
+        slot = n % SLOTS
+        mbarrier.wait(arrived_S.index(slot), (n // SLOTS) & 1)
+        other = 2 * slot + gl.where(same, 0, 1)
+        left = rows_HKT.index(2 * slot).permute((1, 0)) if LEFT_TRANSPOSED else columns_HTK.index(2 * slot)
         right = columns_HTK.index(other).permute((1, 0)) if RIGHT_TRANSPOSED else rows_HKT.index(other)
         product = warpgroup_mma(left, right, product, use_acc=step > 0, is_async=True)
         product = warpgroup_mma_wait(1, deps=(product,))
-        if step > 0:  # the step before is done with its stage
+        if step > 0:  # the step before is done with its slot
             barrier()
-            mbarrier.arrive(free_S.index((n - 1) % STAGES), count=1)
+            mbarrier.arrive(free_S.index((n - 1) % SLOTS), count=1)
         n += 1
     if added >= 0:
-        mbarrier.wait(arrived_S.index(n % STAGES), (n // STAGES) & 1)
-    # Whoever waits for a stage must know that the one before in its place has arrived: so they wait one after another.
+        mbarrier.wait(arrived_S.index(n % SLOTS), (n // SLOTS) & 1)
+    # Whoever waits for a slot must know that what it held before had arrived: so they wait one after another.
     mbarrier.arrive(turn, count=1)
     product = warpgroup_mma_wait(0, deps=(product,))
     barrier()
-    mbarrier.arrive(free_S.index((n - 1) % STAGES), count=1)
+    mbarrier.arrive(free_S.index((n - 1) % SLOTS), count=1)
     return product
 
 
 @gluon.jit
-def stages_of(p_item, PER_TILE: gl.constexpr):
+def slots_of(p_item, PER_TILE: gl.constexpr):
     """How many an item takes."""
-    stages = PER_TILE * gl.load(p_item + 5)
-    return gl.where(gl.load(p_item + 6) >= 0, stages + 1, stages)
+    slots = PER_TILE * gl.load(p_item + 5)
+    return gl.where(gl.load(p_item + 6) >= 0, slots + 1, slots)
 
 
 @gluon.jit
@@ -161,20 +166,20 @@ def work_items(memory, ring, turns, ITEMS, VECTOR: gl.constexpr, OWN: gl.constex
     """Multiplies and finishes every second item of this program, from its first (OWN = 0) or second (1) on."""
     p_work, p_out, p_items, p_matrices, p_factors, p_scales, p_done = memory
     columns_HTK, rows_HKT, arrived_S, free_S = ring
-    STAGES: gl.constexpr = arrived_S.shape[0]
+    SLOTS: gl.constexpr = arrived_S.shape[0]
     T: gl.constexpr = rows_HKT.shape[2]
     PER_TILE: gl.constexpr = T // rows_HKT.shape[1]
     E: gl.constexpr = T * T
     product_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     by_rows: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     by_columns: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, 4], [0, 1])
-    tile_STT = columns_HTK._reinterpret(p_work.dtype.element_ty, [STAGES, T, T], columns_HTK.layout)
+    tile_STT = columns_HTK._reinterpret(p_work.dtype.element_ty, [SLOTS, T, T], columns_HTK.layout)
     n = 0
     rounds = 0
     item = gl.program_id(0)
     if OWN == 1:
         if item < ITEMS:
-            n += stages_of(p_items + 16 * item, PER_TILE)
+            n += slots_of(p_items + 16 * item, PER_TILE)
         item += gl.num_programs(0)
     while item < ITEMS:
         p_item = p_items + 16 * item
@@ -212,9 +217,10 @@ def work_items(memory, ring, turns, ITEMS, VECTOR: gl.constexpr, OWN: gl.constex
 
         product *= alpha
         if added >= 0:
-            product += beta * tile_STT.index(n % STAGES).load(product_layout).to(gl.float32)
+            product += beta * tile_STT.index(n % SLOTS).load(product_layout).to(gl.float32)
+            fence_async_shared()  # the copy engine writes there next
             barrier()
-            mbarrier.arrive(free_S.index(n % STAGES), count=1)
+            mbarrier.arrive(free_S.index(n % SLOTS), count=1)
             n += 1
         r_TT, c_TT = rows_and_columns(T, product_layout)
         if (row == column) & (gamma != 0):
@@ -244,27 +250,28 @@ def work_items(memory, ring, turns, ITEMS, VECTOR: gl.constexpr, OWN: gl.constex
         rounds += 1
         item += gl.num_programs(0)
         if item < ITEMS:
-            n += stages_of(p_items + 16 * item, PER_TILE)
+            n += slots_of(p_items + 16 * item, PER_TILE)
         item += gl.num_programs(0)
 
 
 @gluon.jit(do_not_specialize=["ITEMS"])
 def newton_schulz_hopper_kernel(
     d_columns, d_rows, p_work, p_out, p_items, p_matrices, p_factors, p_scales, p_done, ITEMS,
-    VECTOR: gl.constexpr, b_T: gl.constexpr, b_K: gl.constexpr, STAGES: gl.constexpr,
+    VECTOR: gl.constexpr, b_T: gl.constexpr, b_K: gl.constexpr, SLOTS: gl.constexpr,
     MULTIPLYING: gl.constexpr, FETCHING: gl.constexpr,
 ):  # fmt: skip
     """As `newton_schulz_kernel`; `d_columns` and `d_rows` describe the workspace, a tile's rows one after another."""
-    columns_HTK = gl.allocate_shared_memory(p_work.dtype.element_ty, [2 * STAGES, b_T, b_K], d_columns.layout)
-    rows_HKT = columns_HTK._reinterpret(p_work.dtype.element_ty, [2 * STAGES, b_K, b_T], d_rows.layout)
-    arrived_S = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free_S = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    columns_HTK = gl.allocate_shared_memory(p_work.dtype.element_ty, [2 * SLOTS, b_T, b_K], d_columns.layout)
+    rows_HKT = columns_HTK._reinterpret(p_work.dtype.element_ty, [2 * SLOTS, b_K, b_T], d_rows.layout)
+    arrived_S = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    free_S = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(arrived_S.index(stage), count=1)
-        mbarrier.init(free_S.index(stage), count=1)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(arrived_S.index(slot), count=1)
+        mbarrier.init(free_S.index(slot), count=1)
     for group in gl.static_range(2):
         mbarrier.init(turns.index(group), count=1)
+    fence_async_shared()  # the copy engine sees them
     memory = (p_work, p_out, p_items, p_matrices, p_factors, p_scales, p_done)
     ring = (columns_HTK, rows_HKT, arrived_S, free_S)
     gl.warp_specialize(
@@ -280,13 +287,13 @@ def newton_schulz_hopper_kernel(
 
 @functools.cache
 def runs_on(device: torch.device) -> bool:
-    """Whether this kernel does: on a Hopper GPU, with Triton 3.6 or later."""
+    """Whether this kernel does: on a Hopper GPU, with a Triton whose Gluon it is written for."""
     if device.type != "cuda" or TensorDescriptor is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+    return (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 
 
-def work_off(tables: tuple[Tensor, ...], items: int, vector: int, counted: Counted) -> None:
+def start(tables: tuple[Tensor, ...], items: int, vector: int, counted: Counted) -> None:
     """Starts the kernel for large tiles.
 
     Args:
@@ -301,7 +308,7 @@ def work_off(tables: tuple[Tensor, ...], items: int, vector: int, counted: Count
     launch_with_descriptors(
         newton_schulz_hopper_kernel,
         (min(processors(device), items),),
-        (*descriptors, *tables, items, vector, LARGE, DEPTH, STAGES, *REGISTERS),
+        (*descriptors, *tables, items, vector, LARGE, DEPTH, SLOTS, *REGISTERS),
         device,
         num_warps=4,
         cooperative=True,

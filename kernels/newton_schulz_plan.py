@@ -22,6 +22,7 @@ Shapes: M, N a matrix as given; everything else in tiles, whose side `tile_of` c
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -38,8 +39,8 @@ SMALL, LARGE = 64, 128  # sides of a tile
 # Small tiles of all matrices of a call, and of their squares: as many as the largest call has in which they were found
 # the faster, on an H100.
 FEW, FEW_SQUARES = 512, 264
-# Matrices are worked on in groups, so that what is computed from them stays in L2; of at least as many tiles of their
-# squares, so that a device has enough to do.
+# Matrices are worked on in groups, so that what is computed from them stays in L2; of about as many tiles of their
+# squares, one triangle of each, so that a device has enough to do.
 TOGETHER = 256
 # Rows and columns that one program copies, whatever the tiles: the order in which squares are summed for a norm must
 # not depend on them. The rows divide a tile's; the interpreter is slow to start a program.
@@ -205,11 +206,15 @@ def tile_of(shapes: Sequence[tuple[int, ...]]) -> int:
 
 
 def groups_of(places: Sequence[Place], costs: Sequence[int]) -> list[list[int]]:
-    """Matrices that are worked on together, the most expensive first; groups are as alike as can be."""
-    by_cost = sorted(range(len(places)), key=lambda matrix: -costs[matrix])
-    tiles = sum(place.triangle for place in places)
-    number = min(max(tiles // TOGETHER, 1), len(places))
-    return [by_cost[group::number] for group in range(number)]
+    """Matrices that are worked on together, the most expensive first, each in the group that has least so far."""
+    tiles = [place.triangle for place in places]
+    groups: list[list[int]] = [[] for _ in range(min(max(sum(tiles) // TOGETHER, 1), len(places)))]
+    least = [(0, number) for number in range(len(groups))]
+    for matrix in sorted(range(len(places)), key=lambda matrix: -costs[matrix]):
+        size, number = heapq.heappop(least)
+        groups[number].append(matrix)
+        heapq.heappush(least, (size + tiles[matrix], number))
+    return groups
 
 
 def work_order(places: Sequence[Place], stages: Sequence[Sequence[Stage]], tile: int) -> list[tuple[int, ...]]:

@@ -41,6 +41,7 @@ from kernels.tuning import next_power_of_2
 DEPTH = 64  # of a step along the inner dimension of a product; divides every tile's side
 # Steps of a product that are on their way at once. A few small tiles leave memory's latency bare, and have the room.
 PIPELINED = {SMALL: 6, LARGE: 3}
+ROOM_FOR_TWO = ((8, 0), (9, 0), (10, 0))  # GPUs of which a processor holds two programs; others may hold one
 SAFE_NORMS = (2.0**-40, 2.0**50)  # of a matrix as it is given, so that products of its elements are normal float32
 
 
@@ -303,11 +304,10 @@ def _addresses(batches: Sequence[Tensor]) -> tuple[int, ...]:
 
 @functools.cache
 def _programs(device: torch.device) -> int:
-    """As many as fit on a device at once; one for the interpreter, which runs a program to its end before the next."""
+    """That are resident at once; one for the interpreter, which runs a program to its end before the next."""
     if device.type != "cuda":
         return 1
-    # What two need of a processor, a Hopper's has.
-    each = 2 if torch.cuda.get_device_capability(device) == (9, 0) else 1
+    each = 2 if torch.cuda.get_device_capability(device) in ROOM_FOR_TWO else 1
     return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -366,7 +366,7 @@ def orthogonalize(
     tables = (work, out, plan.items, table, plan.factors, scales, done)
     counted = lambda: (copied + out.nbytes, plan.operations)  # noqa: E731
     if plan.tile == LARGE and newton_schulz_hopper.runs_on(device):
-        newton_schulz_hopper.work_off(tables, items, plan.vector, counted)
+        newton_schulz_hopper.start(tables, items, plan.vector, counted)
     else:
         launch(
             newton_schulz_kernel,

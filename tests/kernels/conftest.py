@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from kernels import newton_schulz_plan
+
 
 @pytest.fixture
 def compiled() -> Iterator[Callable]:
@@ -43,3 +45,15 @@ def poisoned_outputs() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     torch.utils.deterministic.fill_uninitialized_memory = fill_before
+
+
+@pytest.fixture
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Has every later call of Newton-Schulz take large tiles."""
+
+    def take() -> None:
+        monkeypatch.setattr(newton_schulz_plan, "FEW", 0)
+        newton_schulz_plan.plan_of.cache_clear()
+
+    yield take
+    newton_schulz_plan.plan_of.cache_clear()

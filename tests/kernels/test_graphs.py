@@ -75,6 +75,7 @@ def by_name(results) -> dict[str, Tensor]:
 
 LISTS = {
     "newton_schulz": kernels.newton_schulz,
+    "newton_schulz with large tiles": lambda matrices: kernels.newton_schulz([*matrices, *matrices[-1:] * 8]),
     "quantize": lambda matrices: [list(pair) for pair in kernels.quantize_int6(matrices)],
     "fake_quantize": kernels.fake_quantize_int6,
     "packing": lambda matrices: kernels.pack_int6([codes for codes, _ in kernels.quantize_int6(matrices)]),

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from newton_schulz_truth import assert_accurate, like_gradients
 
 import kernels
+from golfmodel.runtime.versions import PROJECT_ROOT
 from kernels import newton_schulz_plan as plan
+from kernels import newton_schulz_tiles
 from kernels.muon_update import momentum_newton_schulz_
 from kernels.reference import NAMED_COEFFICIENTS
 
@@ -52,10 +55,13 @@ def planned_shapes(request):
     return planned(SHAPES, request.param)
 
 
-@pytest.fixture(scope="module")
-def order(planned_shapes):
+@pytest.fixture(scope="module", params=[plan.TOGETHER, 4], ids=["one group", "several"])
+def order(planned_shapes, request):
     places, stages, _ = planned_shapes
-    return plan.work_order(places, stages, TILE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "TOGETHER", request.param)
+        assert (len(plan.groups_of(places, [1] * len(places))) > 1) == (request.param == 4)
+        return plan.work_order(places, stages, TILE)
 
 
 def test_items_wait_for_what_comes_before_them(order):
@@ -69,7 +75,7 @@ def test_items_wait_for_what_comes_before_them(order):
 
 @pytest.mark.parametrize("programs", [1, 2, 7, 132])
 def test_programs_that_work_their_items_off_in_order_end(order, programs):
-    """Each has every so-manieth item and does nothing else while it waits."""
+    """Each has every n-th item and does nothing else while it waits."""
     hands = [list(order[first::programs]) for first in range(programs)]
     done = Counter()
     while any(hands):
@@ -90,6 +96,8 @@ def test_groups_of_matrices_have_enough_to_do_and_one_mix_of_shapes():
     assert {len([matrix for matrix in group if matrix >= 64]) for group in groups} == {12, 13}
     assert all(group == sorted(group, key=lambda matrix: -mixed[matrix].columns) for group in groups)
     assert len(plan.groups_of(mixed[:20] + mixed[-20:], [1] * 40)) == 1
+    uneven = [plan.place_of(side, side, 0, TILE) for side in (4096, *[512] * 48)]
+    assert sorted(map(len, plan.groups_of(uneven, [place.side for place in uneven]))) == [1, 24, 24]
 
 
 def test_a_stage_reads_what_the_stages_before_have_written(planned_shapes, order):
@@ -220,16 +228,38 @@ def test_a_result_does_not_depend_on_the_rest_of_the_list(device):
     assert all(map(torch.equal, turned, alone))
 
 
-@pytest.fixture
-def large_tiles(monkeypatch) -> Iterator[Callable[[], None]]:
-    """Has every later call take large tiles."""
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-    def take() -> None:
-        monkeypatch.setattr(plan, "FEW", 0)
-        plan.plan_of.cache_clear()
+from kernels import newton_schulz_tiles as tiles
 
-    yield take
-    plan.plan_of.cache_clear()
+kernel = tiles.newton_schulz_kernel
+types = {"p_work": "*bf16", "p_out": "*bf16", "p_items": "*i32", "p_matrices": "*i64", "p_factors": "*fp32"}
+types |= {"p_scales": "*fp32", "p_done": "*i32", "ITEMS": "i32"}
+signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name[:2] == "p_"}
+constants = {"VECTOR": 8, "b_T": tiles.SMALL, "b_K": tiles.DEPTH, "PIPELINED": tiles.PIPELINED[tiles.SMALL]}
+for architecture in (80, 86, 90):
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 4})
+    print(architecture, compiled.metadata.shared)
+"""
+
+
+def test_programs_that_are_said_to_fit_do():
+    """All have to be resident at once. Of registers there are enough for two of any that has 128 threads."""
+    pytest.importorskip("triton", reason="there is nothing to compile")
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    needed = dict(tuple(map(int, line.split())) for line in done.stdout.splitlines())
+    # of a processor, by NVIDIA's tables of compute capabilities; each program takes 1 KB more than it asks for
+    for architecture, shared_memory in ((80, 164), (86, 100), (90, 228)):
+        programs = 2 if divmod(architecture, 10) in newton_schulz_tiles.ROOM_FOR_TWO else 1
+        assert programs * (needed[architecture] + 1024) <= shared_memory * 1024
 
 
 def test_small_tiles_where_there_are_few():
