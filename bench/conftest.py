@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import pytest
+import pytest_benchmark
 import torch
 
 from bench import ceilings as ceilings_module
@@ -28,12 +30,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def results_target(path: Path, version: str) -> Path | IO[bytes]:
+    """What pytest-benchmark of this version wants for a results file: a path from 5.3 on, before that an open file."""
+    return path if tuple(map(int, version.split(".")[:2])) >= (5, 3) else path.open("wb")
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     if config.option.record_baseline:
-        path = config.option.benchmark_json = baseline_path()
+        path = baseline_path()
         path.parent.mkdir(exist_ok=True)
+        config.option.benchmark_json = results_target(path, pytest_benchmark.__version__)
     # Our own table says more; pytest-benchmark's is worth its space where it sets a baseline beside what is now.
     if not config.option.benchmark_compare:
         config.option.benchmark_quiet = True

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.conftest import results_target
 from golfmodel.runtime.versions import PROJECT_ROOT
 
 ROW = "pack_int6-384x128-int8-forward"
@@ -21,7 +22,7 @@ from kernels import reference
 right = reference.pack_int6
 
 def pack_int6(**arguments):
-    time.sleep(0.003)
+    time.sleep(0.05)
     return right(**arguments)
 
 reference.pack_int6 = pack_int6
@@ -83,6 +84,15 @@ def test_a_results_file_names_versions_ceilings_and_everything_of_a_row(baseline
     assert info["bytes_per_second"] == pytest.approx(384 * 128 * 1.75 / stats["median"])
     fraction = info["bytes_per_second"] / content["ceilings"]["bytes_per_second"]
     assert info["fraction_of_ceiling"] == pytest.approx(fraction)
+
+
+def test_a_results_file_is_given_as_each_pytest_benchmark_wants_it(tmp_path):
+    path = tmp_path / "results.json"
+    assert results_target(path, "5.3.0") == path
+    assert not path.exists()
+    with results_target(path, "5.2.3") as file:
+        file.write(b"{}")
+    assert path.read_bytes() == b"{}"
 
 
 def test_an_unchanged_commit_passes_the_regression_check(baseline, tmp_path):
