@@ -92,9 +92,9 @@ def render(
         "# Benchmarks",
         results.described,
         "`of ceiling` is the least time that the copy's and the matmul's rate allow for the bytes read and written at "
-        "least and the operations, over the time taken. Times are medians, in turn with the others of a comparison; "
-        "`host` is what a call costs the CPU. A speed-up stands only where the op passed its equivalence check in the "
-        "same run.",
+        "least and the operations, over the time taken; `newton_schulz` is given those of its definition, each product "
+        "in full, and does fewer. Times are medians, in turn with the others of a comparison; `host` is what a call "
+        "costs the CPU. A speed-up stands only where the op passed its equivalence check in the same run.",
         "## Where time is left",
         _losses(results),
         *([] if baseline is None else ["## Since the baseline", _changes(results, baseline)]),
