@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from golfmodel.config import Config
 from golfmodel.model.parameters import Group, parameter_specs
-from golfmodel.optim.muon import Graded, Muon, graded
+from golfmodel.optim.muon import GroupGradients, Muon, gradients_of
 from golfmodel.runtime.distributed import Ranks
 from kernels.clipping import clip_factors, square_sums
 
@@ -92,7 +92,7 @@ class Optimizers:
             finish_reducing = self.muon.start_reducing()
             self._ranks.average_gradients(self._others)
             finish_reducing()
-        matrices, others = (list(map(graded, optimizer.param_groups)) for optimizer in self.all)
+        matrices, others = (list(map(gradients_of, optimizer.param_groups)) for optimizer in self.all)
         clip = self._clip(matrices, others) if self.grad_clip_norm > 0 else None
         finish_step = self.muon.start_step(None if clip is None else clip[0], matrices)
         # AdamW divides gradients by this, where it reads them anyway.
@@ -109,7 +109,7 @@ class Optimizers:
         for parameter in self._names:
             parameter.grad = None
 
-    def _clip(self, matrices: Sequence[Graded], others: Sequence[Graded]) -> Tensor | None:
+    def _clip(self, matrices: Sequence[GroupGradients], others: Sequence[GroupGradients]) -> Tensor | None:
         """What gradients are to be multiplied by so that their global norm is within bounds, and its inverse: `[2]`."""
         here, everywhere = (
             [gradient for each in several for gradient in each.gradients] for several in (matrices, others)
@@ -161,19 +161,19 @@ class Optimizers:
                 torch._foreach_zero_(list(state.values()))
 
 
-def _step_adam(adam: AdamW, groups: Sequence[Graded], grad_scale: Tensor | None) -> None:
-    """`adam.step()` of one without further options, on gradients divided by `grad_scale`; `groups` are its groups'.
+def _step_adam(adam: AdamW, by_group: Sequence[GroupGradients], grad_scale: Tensor | None) -> None:
+    """`adam.step()` of one without further options, on gradients divided by `grad_scale`; `by_group` are its groups'.
 
     That one asks so much about each parameter that the host takes as long for them as for all matrices. So it is left
     to give those a state that have none yet; later its function for lists is called without it.
     """
-    states = [[adam.state[parameter] for parameter in each.parameters] for each in groups]
+    states = [[adam.state[parameter] for parameter in each.parameters] for each in by_group]
     if not all(map(all, states)):
         adam.grad_scale = grad_scale
         adam.step()
         adam.grad_scale = None  # of this step's gradients
         return
-    for group, (parameters, gradients), its_states in zip(adam.param_groups, groups, states, strict=True):
+    for group, (parameters, gradients), its_states in zip(adam.param_groups, by_group, states, strict=True):
         beta1, beta2 = group["betas"]
         adamw(
             parameters,

@@ -17,21 +17,21 @@ from kernels.addresses import shapes_of
 from kernels.muon_update import momentum_newton_schulz_, muon_update_
 
 
-class Graded(NamedTuple):
+class GroupGradients(NamedTuple):
     """Those of a group's parameters that have a gradient, and the gradients."""
 
     parameters: list[Tensor]
     gradients: list[Tensor]
 
 
-def graded(group: dict[str, Any]) -> Graded:
-    """What of an optimizer's group a step updates."""
+def gradients_of(group: dict[str, Any]) -> GroupGradients:
+    """Of an optimizer's group."""
     parameters = group["params"]
     gradients = [parameter.grad for parameter in parameters]
     if any([gradient is None for gradient in gradients]):
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters]
-    return Graded(parameters, gradients)
+    return GroupGradients(parameters, gradients)
 
 
 class GroupUpdates(NamedTuple):
@@ -184,23 +184,25 @@ class Muon(Optimizer):
         return loss
 
     @torch.no_grad()
-    def start_step(self, clip: Tensor | None = None, groups: Sequence[Graded] | None = None) -> Callable[[], None]:
+    def start_step(
+        self, clip: Tensor | None = None, gradients: Sequence[GroupGradients] | None = None
+    ) -> Callable[[], None]:
         """This rank's part of a step; what it returns waits for the other ranks' and changes the weights.
 
         That is for callers under `torch.no_grad`, as `step` is.
 
         Args:
             clip: what gradients are multiplied by, `[]` on their device; None for 1.
-            groups: `graded` of each group, if the caller knows it.
+            gradients: `gradients_of` each group, if the caller knows it.
         """
         if self._shards is not None and self._present is None:
             self.start_reducing()()
         present, self._present = self._present, None
-        if groups is None:
-            groups = list(map(graded, self.param_groups))
+        if gradients is None:
+            gradients = list(map(gradients_of, self.param_groups))
         by_group = [
             GroupUpdates(group, own.parameters, self._updates(group, own, clip))
-            for group, own in zip(self.param_groups, groups, strict=True)
+            for group, own in zip(self.param_groups, gradients, strict=True)
         ]
         return (lambda: self._apply(by_group)) if self._shards is None else self._start_gathering(by_group, present)
 
@@ -255,7 +257,7 @@ class Muon(Optimizer):
         parameters = self._parameters()
         return parameters if self._shards is None else [parameters[index] for index in self._shards.own]
 
-    def _updates(self, group: dict[str, Any], own: Graded, clip: Tensor | None) -> Sequence[Tensor]:
+    def _updates(self, group: dict[str, Any], own: GroupGradients, clip: Tensor | None) -> Sequence[Tensor]:
         """Moves the momentum of these parameters, and orthogonalises."""
         parameters, gradients = own
         states = [self.state[parameter] for parameter in parameters]

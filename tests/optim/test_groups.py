@@ -211,7 +211,7 @@ def test_adam_moves_as_by_its_own_step(monkeypatch):
     config = dataclasses.replace(UNTIED, grad_clip_norm=0.3, compute_dtype="bfloat16")
     late, absent = named(GPT(config), Group.SCALAR)[:2]
 
-    def step_itself(adam: torch.optim.AdamW, groups: object, grad_scale: torch.Tensor) -> None:
+    def step_itself(adam: torch.optim.AdamW, by_group: object, grad_scale: torch.Tensor) -> None:
         adam.grad_scale = grad_scale
         adam.step()
 
