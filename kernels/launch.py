@@ -6,6 +6,7 @@ in `do_not_specialize`, then its compile-time constants. `launch` counts on that
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,6 +101,12 @@ def launch(
     run, function, metadata = kept
     x, y, z = (*grid, 1, 1)[:3]
     run(x, y, z, current_stream(device), function, metadata, None, None, None, *pointers, *sizes, *constants)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many a CUDA device has; 1 for the interpreter, which runs one program after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def current_stream(device: int) -> int:

@@ -5,14 +5,13 @@ Shapes: M rows, N columns of the result, K summed over.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.launch import MAX_ROWS, VECTOR, aligned, cdiv, launch_with_descriptors, tl, triton
+from kernels.launch import MAX_ROWS, VECTOR, aligned, cdiv, launch_with_descriptors, processors, tl, triton
 from kernels.tuning import Product, products
 
 try:
@@ -60,12 +59,6 @@ def matmul_kernel(
         left, right = tl.split(tl.permute(tl.reshape(x, (b_M, 2, b_N // 2)), (0, 2, 1)))
         finish(left, d_other, d_c, row, column, EPILOGUE)
         finish(right, d_other, d_c, row, column + b_N // 2, EPILOGUE)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """How many a CUDA device has; 1 for the interpreter, which runs one program after another."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def takes(*tensors: Tensor) -> bool:

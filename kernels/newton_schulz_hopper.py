@@ -24,8 +24,7 @@ import functools
 import torch
 from torch import Tensor
 
-from kernels.launch import Counted, launch_with_descriptors, triton
-from kernels.matmul import processors
+from kernels.launch import Counted, launch_with_descriptors, processors, triton
 from kernels.newton_schulz_plan import LARGE
 
 try:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from kernels import newton_schulz_hopper
 from kernels.addresses import Pieces, table_on, typed_pointer
-from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
+from kernels.launch import cdiv, launch, number_of, processors, tensor_and_number, tl, triton
 from kernels.newton_schulz_plan import LARGE, SMALL, START_COLUMNS, Plan, plan_of
 from kernels.reference import Triple
 from kernels.tuning import next_power_of_2
@@ -305,10 +305,8 @@ def _addresses(batches: Sequence[Tensor]) -> tuple[int, ...]:
 @functools.cache
 def _programs(device: torch.device) -> int:
     """That are resident at once; one for the interpreter, which runs a program to its end before the next."""
-    if device.type != "cuda":
-        return 1
-    each = 2 if torch.cuda.get_device_capability(device) in ROOM_FOR_TWO else 1
-    return each * torch.cuda.get_device_properties(device).multi_processor_count
+    room_for_two = device.type == "cuda" and torch.cuda.get_device_capability(device) in ROOM_FOR_TWO
+    return (2 if room_for_two else 1) * processors(device)
 
 
 class Momentum(NamedTuple):
@@ -364,7 +362,10 @@ def orthogonalize(
         counted=lambda: (sums.nbytes + scales.nbytes, 0.0),
     )
     tables = (work, out, plan.items, table, plan.factors, scales, done)
-    counted = lambda: (copied + out.nbytes, plan.operations)  # noqa: E731
+
+    def counted() -> tuple[float, float]:
+        return copied + out.nbytes, plan.operations
+
     if plan.tile == LARGE and newton_schulz_hopper.runs_on(device):
         newton_schulz_hopper.start(tables, items, plan.vector, counted)
     else:

@@ -15,8 +15,19 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.launch import MAX_COLUMNS, MAX_ROWS, VECTOR, aligned, cdiv, launch, launch_with_descriptors, tl, triton
-from kernels.matmul import descriptor, processors, takes, work_of_product
+from kernels.launch import (
+    MAX_COLUMNS,
+    MAX_ROWS,
+    VECTOR,
+    aligned,
+    cdiv,
+    launch,
+    launch_with_descriptors,
+    processors,
+    tl,
+    triton,
+)
+from kernels.matmul import descriptor, takes, work_of_product
 from kernels.reference import FP8_NORM
 from kernels.registration import register
 from kernels.squared_relu_mlp import check_mlp, setup_context
