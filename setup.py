@@ -23,7 +23,7 @@ setup(
         "tqdm>=4.64",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "ruff>=0.14"],
+        "test": ["pytest>=8", "pytest-benchmark>=5.3", "hypothesis>=6.100", "ruff>=0.14"],
         "data": ["huggingface_hub>=0.30"],
         "plot": ["matplotlib>=3.8"],
     },

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 import pytest_benchmark
@@ -20,6 +19,7 @@ from golfmodel.runtime.versions import versions
 
 ROWS = pytest.StashKey[list[Row]]()
 CEILINGS = pytest.StashKey[Ceilings]()
+RECORDS = (5, 3)  # pytest-benchmark from which on a results file is given by its path
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,18 +30,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def results_target(path: Path, version: str) -> Path | IO[bytes]:
-    """What pytest-benchmark of this version wants for a results file: a path from 5.3 on, before that an open file."""
-    return path if tuple(map(int, version.split(".")[:2])) >= (5, 3) else path.open("wb")
+def check_that_it_records(version: str) -> None:
+    """Raises `pytest.UsageError` if this version of pytest-benchmark could not write the file, which it does last."""
+    if tuple(map(int, version.split(".")[:2])) < RECORDS:
+        needed = ".".join(map(str, RECORDS))
+        raise pytest.UsageError(f"--record-baseline needs pytest-benchmark {needed} or newer; this is {version}")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     if config.option.record_baseline:
-        path = baseline_path()
+        check_that_it_records(pytest_benchmark.__version__)
+        path = config.option.benchmark_json = baseline_path()
         path.parent.mkdir(exist_ok=True)
-        config.option.benchmark_json = results_target(path, pytest_benchmark.__version__)
     # Our own table says more; pytest-benchmark's is worth its space where it sets a baseline beside what is now.
     if not config.option.benchmark_compare:
         config.option.benchmark_quiet = True

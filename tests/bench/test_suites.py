@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.conftest import results_target
 from golfmodel.runtime.versions import PROJECT_ROOT
 
 ROW = "pack_int6-384x128-int8-forward"
@@ -86,13 +85,11 @@ def test_a_results_file_names_versions_ceilings_and_everything_of_a_row(baseline
     assert info["fraction_of_ceiling"] == pytest.approx(fraction)
 
 
-def test_a_results_file_is_given_as_each_pytest_benchmark_wants_it(tmp_path):
-    path = tmp_path / "results.json"
-    assert results_target(path, "5.3.0") == path
-    assert not path.exists()
-    with results_target(path, "5.2.3") as file:
-        file.write(b"{}")
-    assert path.read_bytes() == b"{}"
+def test_a_pytest_benchmark_that_could_not_write_the_baseline_is_refused_before_anything_runs(tmp_path):
+    old = "import pytest_benchmark\npytest_benchmark.__version__ = '5.2.3'"
+    result = run_bench(tmp_path, "-k", ROW, "--record-baseline", change=old)
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--record-baseline needs pytest-benchmark 5.3 or newer; this is 5.2.3" in result.stdout + result.stderr
 
 
 def test_an_unchanged_commit_passes_the_regression_check(baseline, tmp_path):
