@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from golfmodel.runtime.versions import PROJECT_ROOT
 from kernels import newton_schulz_plan
 
 
@@ -57,3 +61,22 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]
 
     yield take
     newton_schulz_plan.plan_of.cache_clear()
+
+
+class Compiled(NamedTuple):
+    """What a kernel needs, and what its machine code has."""
+
+    shared_memory: int  # bytes
+    products: int  # instructions of Hopper's tensor cores
+    spills: int  # instructions that move registers to memory
+
+
+@pytest.fixture(scope="session")
+def compiled_newton_schulz() -> dict[tuple[str, int], Compiled]:
+    """By kernel and architecture."""
+    pytest.importorskip("triton", "3.6", reason="what one of the kernels is written in comes with Triton 3.6")
+    command = [sys.executable, "tests/kernels/compiled_newton_schulz.py"]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = map(str.split, done.stdout.splitlines())
+    return {(name, int(architecture)): Compiled(*map(int, figures)) for name, architecture, *figures in lines}

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -10,7 +8,6 @@ import torch
 from newton_schulz_truth import assert_accurate, like_gradients
 
 import kernels
-from golfmodel.runtime.versions import PROJECT_ROOT
 from kernels import newton_schulz_plan as plan
 from kernels import newton_schulz_tiles
 from kernels.muon_update import momentum_newton_schulz_
@@ -228,38 +225,13 @@ def test_a_result_does_not_depend_on_the_rest_of_the_list(device):
     assert all(map(torch.equal, turned, alone))
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from kernels import newton_schulz_tiles as tiles
-
-kernel = tiles.newton_schulz_kernel
-types = {"p_work": "*bf16", "p_out": "*bf16", "p_items": "*i32", "p_matrices": "*i64", "p_factors": "*fp32"}
-types |= {"p_scales": "*fp32", "p_done": "*i32", "ITEMS": "i32"}
-signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name[:2] == "p_"}
-constants = {"VECTOR": 8, "b_T": tiles.SMALL, "b_K": tiles.DEPTH, "PIPELINED": tiles.PIPELINED[tiles.SMALL]}
-for architecture in (80, 86, 90):
-    source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 4})
-    print(architecture, compiled.metadata.shared)
-"""
-
-
-def test_programs_that_are_said_to_fit_do():
+def test_programs_that_are_said_to_fit_do(compiled_newton_schulz):
     """All have to be resident at once. Of registers there are enough for two of any that has 128 threads."""
-    pytest.importorskip("triton", reason="there is nothing to compile")
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    needed = dict(tuple(map(int, line.split())) for line in done.stdout.splitlines())
     # of a processor, by NVIDIA's tables of compute capabilities; each program takes 1 KB more than it asks for
     for architecture, shared_memory in ((80, 164), (86, 100), (90, 228)):
         programs = 2 if divmod(architecture, 10) in newton_schulz_tiles.ROOM_FOR_TWO else 1
-        assert programs * (needed[architecture] + 1024) <= shared_memory * 1024
+        needed = compiled_newton_schulz["newton_schulz_kernel", architecture].shared_memory + 1024
+        assert programs * needed <= shared_memory * 1024
 
 
 def test_small_tiles_where_there_are_few():
