@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.adamw import adamw
 
 from golfmodel.config import Config
 from golfmodel.model.parameters import Group, parameter_specs
@@ -165,29 +164,35 @@ def _step_adam(adam: AdamW, by_group: Sequence[GroupGradients], grad_scale: Tens
     """`adam.step()` of one without further options, on gradients divided by `grad_scale`; `by_group` are its groups'.
 
     That one asks so much about each parameter that the host takes as long for them as for all matrices. So it is left
-    to give those a state that have none yet; later its function for lists is called without it.
+    to give those a state that have none yet; later the functions that it ends in are called without it. They take
+    tensors of one dtype at a time, which a group's are.
     """
-    states = [[adam.state[parameter] for parameter in each.parameters] for each in by_group]
-    if not all(map(all, states)):
+    present = [
+        (group, own, [adam.state[parameter] for parameter in own.parameters])
+        for group, own in zip(adam.param_groups, by_group, strict=True)
+        if own.parameters
+    ]
+    if not all([all(states) for _, _, states in present]):
         adam.grad_scale = grad_scale
         adam.step()
         adam.grad_scale = None  # of this step's gradients
         return
-    for group, (parameters, gradients), its_states in zip(adam.param_groups, by_group, states, strict=True):
+    if present:
+        torch._foreach_add_([state["step"] for _, _, states in present for state in states], 1)
+    for group, own, states in present:
         beta1, beta2 = group["betas"]
-        adamw(
-            parameters,
-            gradients,
-            [state["exp_avg"] for state in its_states],
-            [state["exp_avg_sq"] for state in its_states],
+        torch._fused_adamw_(
+            own.parameters,
+            own.gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
-            [state["step"] for state in its_states],
-            fused=True,
+            [state["step"] for state in states],
             grad_scale=grad_scale,
             amsgrad=False,
+            lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"],
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
