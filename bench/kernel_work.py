@@ -14,10 +14,9 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -111,35 +110,30 @@ def watched_launches() -> Iterator[dict[str, list[Work]]]:
     """Yields a dictionary that fills with what each Triton kernel has to do, launch by launch."""
     seen: dict[str, list[Work]] = {}
 
-    def watch(original: Callable[..., None]) -> Callable[..., None]:
-        def watched(kernel: Any, grid: tuple[int, ...], arguments: tuple, *others: Any, **options: Any) -> None:
-            original(kernel, grid, arguments, *others, **options)
-            if 0 in grid:
-                return
-            if (counted := options.get("counted")) is not None:
-                moved, flops = counted()
-            else:
-                moved, flops = sum(tensor.nbytes for tensor in arguments if tensor is not None), 0.0
-            seen.setdefault(kernel.__name__, []).append(Work(float(moved), flops or None))
+    def watched(kernel: Any, grid: tuple[int, ...], tensors: tuple, *others: Any, **options: Any) -> None:
+        launching.launch(kernel, grid, tensors, *others, **options)
+        if 0 in grid:
+            return
+        if (counted := options.get("counted")) is not None:
+            moved, flops = counted()
+        else:
+            moved, flops = sum(tensor.nbytes for tensor in tensors if tensor is not None), 0.0
+        seen.setdefault(kernel.__name__, []).append(Work(float(moved), flops or None))
 
-        return watched
-
-    # Their own module keeps them: there one calls itself, for the device of the tensors, and would count twice.
-    originals = {each: watch(each) for each in (launching.launch, launching.launch_with_descriptors)}
-    places = [
-        (module, name, value)
+    # Its own module keeps it: there it calls itself, for the device of the tensors, and would count twice.
+    modules = [
+        module
         for path, module in list(sys.modules.items())
-        if path.startswith("kernels.") and module is not launching
-        for name, value in vars(module).items()
-        if isinstance(value, FunctionType) and value in originals
+        if path.startswith("kernels.") and getattr(module, "launch", None) is launching.launch
     ]
+    modules.remove(launching)
     try:
-        for module, name, value in places:
-            setattr(module, name, originals[value])
+        for module in modules:
+            module.launch = watched
         yield seen
     finally:
-        for module, name, value in places:
-            setattr(module, name, value)
+        for module in modules:
+            module.launch = launching.launch
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """How a Triton kernel is started, and Triton itself where it is installed.
 
-Every kernel takes its tensors first (None for one that is not there), then its run-time sizes, which it names
-in `do_not_specialize`, then its compile-time constants. `launch` counts on that order.
+Every kernel takes its descriptors first, then its tensors (None for one that is not there), then its run-time sizes,
+which it names in `do_not_specialize`, then what it is compiled for. `launch` counts on that order.
 """
 
 from __future__ import annotations
@@ -45,14 +45,17 @@ def launch(
     sizes: tuple[int, ...],
     constants: tuple,
     *,
+    descriptors: tuple[Any, ...] = (),
     num_warps: int = 4,
+    num_stages: int = 3,
     cooperative: bool = False,
     counted: Counted | None = None,
 ) -> None:
-    """`kernel[grid](*tensors, *sizes, *constants)` on the device of the first tensor.
+    """`kernel[grid](*descriptors, *tensors, *sizes, *constants)` on the device of the first descriptor or tensor.
 
-    With `cooperative` all programs are resident at once; where the device cannot hold them, the start fails.
-    `counted` is given where that is not to touch these tensors once, and nothing more.
+    `descriptors` are the copy engine's, or None. With `cooperative` all programs are resident at once; where the device
+    cannot hold them, the start fails. `counted` is given where that is not to touch these tensors once, and nothing
+    more.
 
     Triton's own start of a kernel looks at every argument anew, which takes the host longer than the smaller
     kernels run. So what was compiled for these dtypes, constants and 16-byte aligned tensors is kept and started
@@ -66,41 +69,32 @@ def launch(
         return
     if sizes and sizes[0] > MAX_ROWS:
         raise ValueError(f"{kernel.__name__} was given {sizes[0]} rows; it takes at most {MAX_ROWS}")
-    device = tensors[0].get_device()
+    device = (descriptors[0].base if descriptors else tensors[0]).get_device()
     if device < 0:
-        kernel[grid](*tensors, *sizes, *constants)
+        kernel[grid](*descriptors, *tensors, *sizes, *constants)
         return
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            options = {"num_warps": num_warps, "cooperative": cooperative, "counted": counted}
-            launch(kernel, grid, tensors, sizes, constants, **options)
+            options = {"num_warps": num_warps, "num_stages": num_stages, "cooperative": cooperative, "counted": counted}
+            launch(kernel, grid, tensors, sizes, constants, descriptors=descriptors, **options)
         return
-    key: list = [id(kernel), device, num_warps, cooperative, constants]
-    pointers, misaligned = [], 0
-    for tensor in tensors:
-        if tensor is None:
-            pointers.append(None)
-            key.append(None)
-        else:
-            pointer = tensor.data_ptr()
-            misaligned |= pointer
-            pointers.append(pointer)
-            key.append(tensor.dtype)
-    if misaligned % VECTOR:
-        kernel[grid](*tensors, *sizes, *constants, num_warps=num_warps, launch_cooperative_grid=cooperative)
-        return
-    for size in sizes:
-        key.append(size >= 2**31)  # those Triton takes as int64
-    key = tuple(key)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+    blocks = [None if each is None else (each.base.dtype, *each.block_shape) for each in descriptors]
+    wide = [size >= 2**31 for size in sizes]  # those Triton takes as int64
+    key = (id(kernel), device, num_warps, num_stages, cooperative, constants, *dtypes, *blocks, *wide)
     kept = _compiled.get(key)
-    if kept is None:
-        options = {"num_warps": num_warps, "launch_cooperative_grid": cooperative}
-        compiled = kernel[grid](*tensors, *sizes, *constants, **options)
-        _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+    misaligned = any([pointer is not None and pointer % VECTOR for pointer in pointers])
+    if kept is None or misaligned:
+        options = {"num_warps": num_warps, "num_stages": num_stages, "launch_cooperative_grid": cooperative}
+        compiled = kernel[grid](*descriptors, *tensors, *sizes, *constants, **options)
+        if not misaligned:
+            _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
         return
     run, function, metadata = kept
     x, y, z = (*grid, 1, 1)[:3]
-    run(x, y, z, current_stream(device), function, metadata, None, None, None, *pointers, *sizes, *constants)
+    arguments = (*descriptors, *pointers, *sizes, *constants)
+    run(x, y, z, current_stream(device), function, metadata, None, None, None, *arguments)
 
 
 @functools.cache
@@ -112,48 +106,6 @@ def processors(device: torch.device) -> int:
 def current_stream(device: int) -> int:
     """The handle of this thread's stream on a CUDA device. PyTorch's object for it takes the host longer."""
     return triton.runtime.driver.active.get_current_stream(device)
-
-
-def launch_with_descriptors(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: tuple,
-    device: torch.device,
-    *,
-    num_warps: int,
-    num_stages: int = 3,
-    cooperative: bool = False,
-    counted: Counted,
-) -> None:
-    """`kernel[grid](*arguments)` on a device, for kernels that the copy engine's descriptors go to.
-
-    `cooperative` as for `launch`, which keeps what was compiled in the same way.
-    """
-    options: dict = {"num_warps": num_warps, "num_stages": num_stages}
-    if device.type != "cuda":
-        kernel[grid](*arguments, **options)
-        return
-    with torch.cuda.device(device):
-        traits = map(_trait, kernel.params, arguments)
-        key = (id(kernel), device, num_warps, num_stages, cooperative, *traits)
-        kept = _compiled.get(key)
-        if kept is None:
-            compiled = kernel[grid](*arguments, **options, launch_cooperative_grid=cooperative)
-            _compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
-            return
-        run, function, metadata = kept
-        x, y, z = (*grid, 1, 1)[:3]
-        stream = current_stream(torch.cuda.current_device())
-        run(x, y, z, stream, function, metadata, None, None, None, *arguments)
-
-
-def _trait(parameter: Any, argument: Any) -> Any:
-    """What the code compiled for an argument depends on."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % VECTOR == 0
-    if hasattr(argument, "block_shape"):  # a descriptor
-        return argument.base.dtype, *argument.block_shape
-    return argument >= 2**31 if parameter.do_not_specialize else argument
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.launch import MAX_ROWS, VECTOR, aligned, cdiv, launch_with_descriptors, processors, tl, triton
+from kernels.launch import MAX_ROWS, VECTOR, aligned, cdiv, launch, processors, tl, triton
 from kernels.tuning import Product, products
 
 try:
@@ -96,15 +96,15 @@ def matmul(
     d_c = descriptor(c_MN, half)
     d_other = None if other_MN is None else descriptor(aligned(other_MN), half)
     grid = (min(cdiv(rows, b_M) * cdiv(columns, b_N), tile.programs * processors(a_MK.device)),)
-    arguments = (
-        *(descriptor(a_MK, [b_M, b_K]), descriptor(b, [b_N, b_K] if b_transposed else [b_K, b_N]), d_other, d_c),
-        *(rows, columns, depth, epilogue, b_transposed, tile.flatten, not a_MK.is_cuda, b_M, b_N, b_K),
-    )
-    launch_with_descriptors(
+    launch(
         matmul_kernel,
         grid,
-        arguments,
-        a_MK.device,
+        (),
+        (rows,),
+        (columns, depth, epilogue, b_transposed, tile.flatten, not a_MK.is_cuda, b_M, b_N, b_K),
+        descriptors=(
+            *(descriptor(a_MK, [b_M, b_K]), descriptor(b, [b_N, b_K] if b_transposed else [b_K, b_N]), d_other, d_c),
+        ),
         num_warps=tile.num_warps,
         num_stages=tile.stages,
         counted=lambda: work_of_product(rows, columns, depth, (a_MK, b, other_MN, c_MN)),

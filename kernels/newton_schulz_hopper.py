@@ -20,11 +20,12 @@ Shapes: S slots, H halves of them; T rows or columns of a tile, K of what a half
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.launch import Counted, launch_with_descriptors, processors, triton
+from kernels.launch import Counted, launch, processors, triton
 from kernels.newton_schulz_plan import LARGE
 
 try:
@@ -44,6 +45,7 @@ except ImportError:  # a platform without Triton, or one that is too old: the ke
     gluon, TensorDescriptor = triton, None
 
 DEPTH = 64  # 128 bytes, which is what the copy engine swizzles
+BLOCKS = ([LARGE, DEPTH], [DEPTH, LARGE])  # of a tile: columns, rows
 SLOTS = 6  # of 32 KB; there is room for no more
 # Of a thread of the second group that multiplies and of one that fetches; the first group has what is left.
 REGISTERS = (232, 24)
@@ -301,15 +303,20 @@ def start(tables: tuple[Tensor, ...], items: int, vector: int, counted: Counted)
         vector: VECTOR of that kernel.
     """
     work, device = tables[0], tables[0].device
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     rows = work.view(-1, LARGE)
-    descriptors = [TensorDescriptor.from_tensor(rows, block, layout) for block in ([LARGE, DEPTH], [DEPTH, LARGE])]
-    launch_with_descriptors(
+    launch(
         newton_schulz_hopper_kernel,
         (min(processors(device), items),),
-        (*descriptors, *tables, items, vector, LARGE, DEPTH, SLOTS, *REGISTERS),
-        device,
-        num_warps=4,
+        tables,
+        (items,),
+        (vector, LARGE, DEPTH, SLOTS, *REGISTERS),
+        descriptors=tuple([TensorDescriptor.from_tensor(rows, block, _layout()) for block in BLOCKS]),
         cooperative=True,
         counted=counted,
     )
+
+
+@functools.cache
+def _layout() -> Any:
+    """Of what the copy engine writes to shared memory, and products read there."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

@@ -22,7 +22,6 @@ from kernels.launch import (
     aligned,
     cdiv,
     launch,
-    launch_with_descriptors,
     processors,
     tl,
     triton,
@@ -190,16 +189,16 @@ def _product_of_rows(
         rounded_MN, hidden_MN = a_MK.new_empty((M, N), dtype=E5M2), torch.empty_like(c_MN)
     finished = (other_MN, c_MN, rounded_MN, hidden_MN)
     grid = (min(cdiv(M, b_M) * cdiv(N, b_N), size.programs * processors(a_MK.device)),)
-    arguments = (
-        *(descriptor(a_MK, [b_M, b_K]), descriptor(b_NK, [b_N, b_K])),
-        *(None if tensor is None else descriptor(tensor, half) for tensor in finished),
-        *(*row_norms, *column_norms, M, N, K, epilogue, FP8_NORM, size.flatten, not a_MK.is_cuda, b_M, b_N, b_K),
-    )
-    launch_with_descriptors(
+    launch(
         product_of_rows_kernel,
         grid,
-        arguments,
-        a_MK.device,
+        (*row_norms, *column_norms),
+        (M,),
+        (N, K, epilogue, FP8_NORM, size.flatten, not a_MK.is_cuda, b_M, b_N, b_K),
+        descriptors=(
+            *(descriptor(a_MK, [b_M, b_K]), descriptor(b_NK, [b_N, b_K])),
+            *(None if tensor is None else descriptor(tensor, half) for tensor in finished),
+        ),
         num_warps=size.num_warps,
         num_stages=size.stages,
         counted=lambda: work_of_product(M, N, K, (a_MK, b_NK, *finished, *row_norms, *column_norms)),
