@@ -17,22 +17,40 @@ from kernels.launch import cdiv, launch, tl, triton
 from kernels.registration import is_traced
 
 CHUNK = 8192  # elements whose squares one program adds up
-DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def square_sums_kernel(p_first, p_chunks, p_tensors, p_sums, VECTOR: tl.constexpr, b_E: tl.constexpr):
+def square_sum(p_like, p_tensor, r_E):
+    """The sum of squares, in float64, of these elements of a tensor, which is of p_like's dtype."""
+    VECTOR: tl.constexpr = 128 // p_like.dtype.element_ty.primitive_bitwidth
+    p_x = typed_pointer(p_like, p_tensor, VECTOR)
+    x = tl.load(p_x + r_E, mask=r_E < tl.load(p_tensor + 1), other=0).to(tl.float64)
+    return tl.sum(x * x, axis=0)
+
+
+@triton.jit
+def square_sums_kernel(p_chunks, p_tensors, p_float32, p_bfloat16, p_float16, p_sums, b_E: tl.constexpr):
     """sums[i] = the sum of squares of chunk i, b_E elements of one tensor, in float64. A chunk a program.
 
-    `p_chunks` is int32 [., 2]: tensor, number of the chunk in it; `p_tensors` int64 [T, 2]: an address, at a multiple
-    of VECTOR elements, and the size.
+    `p_chunks` is int32 [., 2]: tensor, number of the chunk in it; `p_tensors` int64 [T, 3]: an address, at a multiple
+    of 16 bytes, the size, and the dtype by its number in `DTYPES`.
     """
     chunk = tl.program_id(0)
-    p_tensor = p_tensors + 2 * tl.load(p_chunks + 2 * chunk)
-    p_x = typed_pointer(p_first, p_tensor, VECTOR)
+    p_tensor = p_tensors + 3 * tl.load(p_chunks + 2 * chunk)
     r_E = tl.load(p_chunks + 2 * chunk + 1).to(tl.int64) * b_E + tl.arange(0, b_E)
-    x = tl.load(p_x + r_E, mask=r_E < tl.load(p_tensor + 1), other=0).to(tl.float64)
-    tl.store(p_sums + chunk, tl.sum(x * x, axis=0))
+    dtype = tl.load(p_tensor + 2)
+    square = tl.full((), 0, tl.float64)
+    if p_float32 is not None:
+        if dtype == 0:
+            square = square_sum(p_float32, p_tensor, r_E)
+    if p_bfloat16 is not None:
+        if dtype == 1:
+            square = square_sum(p_bfloat16, p_tensor, r_E)
+    if p_float16 is not None:
+        if dtype == 2:
+            square = square_sum(p_float16, p_tensor, r_E)
+    tl.store(p_sums + chunk, square)
 
 
 @triton.jit(do_not_specialize=["SUMS", "LARGEST"])
@@ -75,17 +93,17 @@ def clip_factors(sums: Tensor, largest: float) -> Tensor:
     return run(sums, largest)
 
 
-class _Part(NamedTuple):
-    """The tensors of one dtype, for `square_sums_kernel`."""
+class _Work(NamedTuple):
+    """Tables for `square_sums_kernel`."""
 
-    first: int
     chunks: Tensor
     tensors: Tensor
     programs: int
-    size: int  # elements
+    of_dtypes: tuple[int | None, ...]  # a tensor of each of `DTYPES`, by number
+    bytes: int
 
 
-_parts = KeptTables()
+_works = KeptTables()
 
 
 @kept_tables
@@ -97,36 +115,29 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 @dispatch.register_triton("square_sums")
 def _square_sums(tensors: Sequence[Tensor]) -> Tensor:
     addresses, dtypes = aligned_addresses(tensors), tuple([tensor.dtype for tensor in tensors])
-    if addresses is None or not DTYPES.issuperset(dtypes):
+    if addresses is None or not set(DTYPES).issuperset(dtypes):
         return reference.square_sums(tensors)
-    device, sizes = tensors[0].device, tuple(map(Tensor.numel, tensors))
+    device, sizes = tensors[0].device, tuple([tensor.numel() for tensor in tensors])
 
-    def make() -> list[_Part]:
-        parts = []
-        for dtype in dict.fromkeys(dtypes):
-            own = [index for index, its_dtype in enumerate(dtypes) if its_dtype is dtype]
-            own_sizes = tuple([sizes[index] for index in own])
-            chunks = _chunks(own_sizes, device)
-            table = table_on(device, [(addresses[index], sizes[index]) for index in own], torch.int64)
-            parts.append(_Part(own[0], chunks, table, len(chunks), sum(own_sizes)))
-        return parts
+    def make() -> _Work:
+        chunks = _chunks(sizes, device)
+        rows = list(zip(addresses, sizes, map(DTYPES.index, dtypes), strict=True))
+        of_dtypes = tuple([dtypes.index(dtype) if dtype in dtypes else None for dtype in DTYPES])
+        moved = sum([size * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True)])
+        return _Work(chunks, table_on(device, rows, torch.int64), len(chunks), of_dtypes, moved)
 
-    parts = _parts.get(device, (addresses, dtypes, sizes), make)
-    sums = torch.empty(sum([part.programs for part in parts]), dtype=torch.float64, device=device)
-    begin = 0
-    for part in parts:
-        first = tensors[part.first]
-        own = sums[begin : begin + part.programs]
-        begin += part.programs
-        launch(
-            square_sums_kernel,
-            (part.programs,),
-            (first, part.chunks, part.tensors, own),
-            (),
-            (16 // first.itemsize, CHUNK),
-            num_warps=8,
-            counted=lambda part=part, first=first: (part.size * first.itemsize, 0.0),
-        )
+    work = _works.get(device, (addresses, dtypes, sizes), make)
+    sums = torch.empty(work.programs, dtype=torch.float64, device=device)
+    of_dtypes = [None if index is None else tensors[index] for index in work.of_dtypes]
+    launch(
+        square_sums_kernel,
+        (work.programs,),
+        (work.chunks, work.tensors, *of_dtypes, sums),
+        (),
+        (CHUNK,),
+        num_warps=8,
+        counted=lambda: (work.bytes, 0.0),
+    )
     return sums
 
 
