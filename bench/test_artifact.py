@@ -18,7 +18,7 @@ from golfmodel.model.gpt import GPT
 
 ON_GPU = torch.cuda.is_available()
 PRESET = "seed" if ON_GPU else "demo"
-ROUNDS = {"quantize": 5, "write": 2, "read": 5}
+ROUNDS = {"quantize": 30, "write": 2, "read": 20}
 
 
 @pytest.fixture(scope="module")
