@@ -124,9 +124,9 @@ def watched_launches() -> Iterator[dict[str, list[Work]]]:
     modules = [
         module
         for path, module in list(sys.modules.items())
-        if path.startswith("kernels.") and getattr(module, "launch", None) is launching.launch
+        if path.startswith("kernels.") and module is not launching
+        if getattr(module, "launch", None) is launching.launch
     ]
-    modules.remove(launching)
     try:
         for module in modules:
             module.launch = watched

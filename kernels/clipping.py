@@ -34,22 +34,20 @@ def square_sums_kernel(p_chunks, p_tensors, p_float32, p_bfloat16, p_float16, p_
     """sums[i] = the sum of squares of chunk i, b_E elements of one tensor, in float64. A chunk a program.
 
     `p_chunks` is int32 [., 2]: tensor, number of the chunk in it; `p_tensors` int64 [T, 3]: an address, at a multiple
-    of 16 bytes, the size, and the dtype by its number in `DTYPES`.
+    of 16 bytes, the size, and the dtype by its number in `DTYPES`. `p_float32` and so on are any tensor of that dtype,
+    None where there is none.
     """
     chunk = tl.program_id(0)
     p_tensor = p_tensors + 3 * tl.load(p_chunks + 2 * chunk)
     r_E = tl.load(p_chunks + 2 * chunk + 1).to(tl.int64) * b_E + tl.arange(0, b_E)
     dtype = tl.load(p_tensor + 2)
     square = tl.full((), 0, tl.float64)
-    if p_float32 is not None:
-        if dtype == 0:
-            square = square_sum(p_float32, p_tensor, r_E)
-    if p_bfloat16 is not None:
-        if dtype == 1:
-            square = square_sum(p_bfloat16, p_tensor, r_E)
-    if p_float16 is not None:
-        if dtype == 2:
-            square = square_sum(p_float16, p_tensor, r_E)
+    if p_float32 is not None and dtype == 0:
+        square = square_sum(p_float32, p_tensor, r_E)
+    if p_bfloat16 is not None and dtype == 1:
+        square = square_sum(p_bfloat16, p_tensor, r_E)
+    if p_float16 is not None and dtype == 2:
+        square = square_sum(p_float16, p_tensor, r_E)
     tl.store(p_sums + chunk, square)
 
 
@@ -99,7 +97,7 @@ class _Work(NamedTuple):
     chunks: Tensor
     tensors: Tensor
     programs: int
-    of_dtypes: tuple[int | None, ...]  # a tensor of each of `DTYPES`, by number
+    first_of_dtypes: tuple[int | None, ...]  # for each of `DTYPES` the index of a tensor; None if there is none
     bytes: int
 
 
@@ -122,17 +120,17 @@ def _square_sums(tensors: Sequence[Tensor]) -> Tensor:
     def make() -> _Work:
         chunks = _chunks(sizes, device)
         rows = list(zip(addresses, sizes, map(DTYPES.index, dtypes), strict=True))
-        of_dtypes = tuple([dtypes.index(dtype) if dtype in dtypes else None for dtype in DTYPES])
+        firsts = tuple([dtypes.index(dtype) if dtype in dtypes else None for dtype in DTYPES])
         moved = sum([size * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True)])
-        return _Work(chunks, table_on(device, rows, torch.int64), len(chunks), of_dtypes, moved)
+        return _Work(chunks, table_on(device, rows, torch.int64), len(chunks), firsts, moved)
 
     work = _works.get(device, (addresses, dtypes, sizes), make)
     sums = torch.empty(work.programs, dtype=torch.float64, device=device)
-    of_dtypes = [None if index is None else tensors[index] for index in work.of_dtypes]
+    likes = [None if index is None else tensors[index] for index in work.first_of_dtypes]
     launch(
         square_sums_kernel,
         (work.programs,),
-        (work.chunks, work.tensors, *of_dtypes, sums),
+        (work.chunks, work.tensors, *likes, sums),
         (),
         (CHUNK,),
         num_warps=8,

@@ -1,7 +1,8 @@
 """How a Triton kernel is started, and Triton itself where it is installed.
 
-Every kernel takes its descriptors first, then its tensors (None for one that is not there), then its run-time sizes,
-which it names in `do_not_specialize`, then what it is compiled for. `launch` counts on that order.
+Every kernel takes its descriptors first, then its tensors (of either None for one that is not there), then its run-time
+sizes, which it names in `do_not_specialize`, then the integers that Triton specializes on and its compile-time
+constants. `launch` counts on that order.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ def launch(
 ) -> None:
     """`kernel[grid](*descriptors, *tensors, *sizes, *constants)` on the device of the first descriptor or tensor.
 
-    `descriptors` are the copy engine's, or None. With `cooperative` all programs are resident at once; where the device
-    cannot hold them, the start fails. `counted` is given where that is not to touch these tensors once, and nothing
-    more.
+    `descriptors` are the copy engine's, each of one layout for one kernel; the first is there. With `cooperative` all
+    programs are resident at once; where the device cannot hold them, the start fails. `counted` is given where a kernel
+    has descriptors, or does not touch its tensors once, and nothing more.
 
     Triton's own start of a kernel looks at every argument anew, which takes the host longer than the smaller
     kernels run. So what was compiled for these dtypes, constants and 16-byte aligned tensors is kept and started
@@ -68,7 +69,7 @@ def launch(
     if 0 in grid:
         return
     if sizes and sizes[0] > MAX_ROWS:
-        raise ValueError(f"{kernel.__name__} was given {sizes[0]} rows; it takes at most {MAX_ROWS}")
+        raise ValueError(f"{kernel.__name__} was given {sizes[0]} rows or items; it takes at most {MAX_ROWS}")
     device = (descriptors[0].base if descriptors else tensors[0]).get_device()
     if device < 0:
         kernel[grid](*descriptors, *tensors, *sizes, *constants)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.launch import MAX_ROWS, VECTOR, aligned, cdiv, launch, processors, tl, triton
+from kernels.launch import VECTOR, aligned, cdiv, launch, processors, tl, triton
 from kernels.tuning import Product, products
 
 try:
@@ -87,8 +87,6 @@ def matmul(
     a_MK, b = aligned(a_MK), aligned(b)
     rows, depth = a_MK.shape
     columns = b.shape[0] if b_transposed else b.shape[1]
-    if rows > MAX_ROWS:
-        raise ValueError(f"a matrix of {rows} rows; a product takes at most {MAX_ROWS}")
     c_MN = a_MK.new_empty((rows, columns))
     tile = products(a_MK.get_device())[epilogue] if tile is None else tile
     b_M, b_N, b_K = tile.rows, tile.columns, tile.depth

@@ -318,5 +318,5 @@ def start(tables: tuple[Tensor, ...], items: int, vector: int, counted: Counted)
 
 @functools.cache
 def _layout() -> Any:
-    """Of what the copy engine writes to shared memory, and products read there."""
+    """How the copy engine lays a block out in shared memory, and products read it."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

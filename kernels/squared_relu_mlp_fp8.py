@@ -15,17 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.launch import (
-    MAX_COLUMNS,
-    MAX_ROWS,
-    VECTOR,
-    aligned,
-    cdiv,
-    launch,
-    processors,
-    tl,
-    triton,
-)
+from kernels.launch import MAX_COLUMNS, VECTOR, aligned, cdiv, launch, processors, tl, triton
 from kernels.matmul import descriptor, takes, work_of_product
 from kernels.reference import FP8_NORM
 from kernels.registration import register
@@ -178,8 +168,6 @@ def _product_of_rows(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What `finish` writes for an epilogue: c in `dtype`, and for "slopes" them in float8 and the hidden values."""
     (M, K), N = a_MK.shape, b_NK.shape[0]
-    if M > MAX_ROWS:
-        raise ValueError(f"a matrix of {M} rows; a product takes at most {MAX_ROWS}")
     size = products(a_MK.get_device())[f"fp8_{epilogue}"]
     b_M, b_N, b_K = size.rows, size.columns, size.depth
     half = [b_M, b_N // 2]

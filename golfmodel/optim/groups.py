@@ -164,8 +164,8 @@ def _step_adam(adam: AdamW, by_group: Sequence[GroupGradients], grad_scale: Tens
     """`adam.step()` of one without further options, on gradients divided by `grad_scale`; `by_group` are its groups'.
 
     That one asks so much about each parameter that the host takes as long for them as for all matrices. So it is left
-    to give those a state that have none yet; later the functions that it ends in are called without it. They take
-    tensors of one dtype at a time, which a group's are.
+    to give those a state that have none yet. Later what it ends in is called without it: one `_foreach_add_` for the
+    steps of all groups, and `_fused_adamw_` for each group, whose tensors are of one dtype.
     """
     present = [
         (group, own, [adam.state[parameter] for parameter in own.parameters])

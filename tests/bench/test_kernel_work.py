@@ -159,14 +159,14 @@ def test_a_launch_over_a_list_counts_all_of_it():
         kernels.quantize_int6(matrices)
         _, second = kernels.cast_weights(matrices, torch.bfloat16, scales=scales)
         second.sum().backward()
-        square_sums(matrices)
+        square_sums([*matrices, torch.randn(8, device=DEVICE).bfloat16()])
         muon_update_(weights, matrices, [1.0, 1.0], lr=0.1, weight_decay=0.0)
     assert seen == {
         "quantize_int6_kernel": [Work(4.0 * 32 + 32 + 2 * 4), Work(4.0 * 48 + 48 + 2 * 6)],
         "cast_weights_fwd_kernel": [Work(4.0 * 48 + 4 * 2 + 2 * 48)],
         # the upstream gradient, the matrix, its scale, and the gradient of that
         "cast_weights_bwd_kernel": [Work(2.0 * 16 + 4 * 16 + 4 * 2 + 4 * 2)],
-        "square_sums_kernel": [Work(4.0 * 48)],
+        "square_sums_kernel": [Work(4.0 * 48 + 2 * 8)],
         "muon_update_kernel": [Work(3.0 * 4 * 48)],
     }
 
