@@ -310,13 +310,13 @@ def start(tables: tuple[Tensor, ...], items: int, vector: int, counted: Counted)
         tables,
         (items,),
         (vector, LARGE, DEPTH, SLOTS, *REGISTERS),
-        descriptors=tuple([TensorDescriptor.from_tensor(rows, block, _layout()) for block in BLOCKS]),
+        descriptors=tuple([TensorDescriptor.from_tensor(rows, block, layout()) for block in BLOCKS]),
         cooperative=True,
         counted=counted,
     )
 
 
 @functools.cache
-def _layout() -> Any:
+def layout() -> Any:
     """How the copy engine lays a block out in shared memory, and products read it."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

@@ -12,7 +12,6 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -24,10 +23,9 @@ TYPES = {
     **{"p_work": "*bf16", "p_out": "*bf16", "p_items": "*i32", "p_matrices": "*i64", "p_factors": "*fp32"},
     **{"p_scales": "*fp32", "p_done": "*i32", "ITEMS": "i32"},
 }
-LAYOUT = repr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 DESCRIPTORS = {
-    "d_columns": f"tensordesc<bf16[{tiles.LARGE}, {hopper.DEPTH}],{LAYOUT}>",
-    "d_rows": f"tensordesc<bf16[{hopper.DEPTH}, {tiles.LARGE}],{LAYOUT}>",
+    name: f"tensordesc<bf16{block},{hopper.layout()!r}>"
+    for name, block in zip(("d_columns", "d_rows"), hopper.BLOCKS, strict=True)
 }
 
 
