@@ -37,14 +37,14 @@ class TrainingStep:
         config: whose model and optimizers; its micro-batch on one rank.
         device: where.
         kernels: what `GOLF_KERNELS` is while it is compiled and run.
-        records: as of `golfmodel.training.step.Step`.
+        records: as of `golfmodel.training.step.Step`, and of its optimizers.
     """
 
     def __init__(self, config: Config, device: torch.device, *, kernels: str = "auto", records: bool = True) -> None:
         self.config, self.device, self._kernels = config, device, kernels
         torch.manual_seed(config.seed)
         self.model = GPT(config).to(device)
-        self.optimizers = Optimizers(self.model, config)
+        self.optimizers = Optimizers(self.model, config, records=records)
         with kernels_chosen(kernels):
             gains = self.model.gains_from_compiling
         self._loss = compiled(self.model, config.compile, device, gains=gains)
@@ -104,8 +104,13 @@ class TrainingStep:
             self._loss(inputs_BT, targets_BT).backward()
         self.model.zero_grad(set_to_none=True)
 
-    def optimizers_alone(self) -> Callable[[int], object]:
-        """Their step as a function, on the gradients of one step, again and again."""
+    def optimizers_alone(self, *, records: bool = True) -> Callable[[int], object]:
+        """A step of optimizers of their own, as a function, on the gradients of one step, again and again.
+
+        Args:
+            records: whether all but the first calls replay a CUDA graph, or each launches kernel by kernel.
+        """
+        optimizers = Optimizers(self.model, self.config, records=records)
         self.model.zero_grad(set_to_none=True)
         with kernels_chosen(self._kernels):
             self._loss(*self.batches[0]).backward()
@@ -117,6 +122,6 @@ class TrainingStep:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             with kernels_chosen(self._kernels):
-                self.optimizers.step()
+                optimizers.step()
 
         return step

@@ -29,6 +29,43 @@ def typed_pointer(p_like, p_address, VECTOR: tl.constexpr):
     return tl.multiple_of(tl.load(p_address).to(p_like.dtype), VECTOR * BYTES)
 
 
+class Tensors(tuple[Tensor, ...]):
+    """Tensors, and what kernels ask of each, asked once: every question to a tensor takes the host some 100 ns."""
+
+    @classmethod
+    def joined(cls, several: Sequence[Tensors]) -> Tensors:
+        """All of them, one after another; nothing is asked again."""
+        whole = cls([tensor for each in several for tensor in each])
+        whole.shapes = tuple([shape for each in several for shape in each.shapes])
+        whole.dtypes = tuple([dtype for each in several for dtype in each.dtypes])
+        addresses = [each.addresses for each in several]
+        whole.addresses = None if None in addresses else tuple([one for each in addresses for one in each])
+        return whole
+
+    @functools.cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of each."""
+        return tuple([tensor.shape for tensor in self])
+
+    @functools.cached_property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of each."""
+        return tuple([tensor.dtype for tensor in self])
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, ...] | None:
+        """Where each begins, 0 for one without elements; None if one has them not in a row from a multiple of 16."""
+        if not all(map(Tensor.is_contiguous, self)):
+            return None
+        addresses = tuple(map(Tensor.data_ptr, self))
+        return None if functools.reduce(operator.or_, addresses, 0) % VECTOR else addresses
+
+    @property
+    def like(self) -> Tensor:
+        """One with the device and the dtype of the first."""
+        return self[0]
+
+
 class Pieces(Sequence[Tensor]):
     """Contiguous tensors in the memory of `flat`, of these shapes and starts; each is made when it is asked for.
 
@@ -54,26 +91,26 @@ class Pieces(Sequence[Tensor]):
         return map(self.__getitem__, range(len(self)))
 
     @property
-    def addresses(self) -> tuple[int, ...]:
-        """Where each begins."""
+    def like(self) -> Tensor:
+        """One of their device and dtype."""
+        return self.flat
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of each."""
+        return (self.flat.dtype,) * len(self)
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, ...] | None:
+        """Where each begins; None if that is for one no multiple of 16."""
         first, size = self.flat.data_ptr(), self.flat.itemsize
-        return tuple([first + start * size for start in self._starts])
+        addresses = tuple([first + start * size for start in self._starts])
+        return None if functools.reduce(operator.or_, addresses, 0) % VECTOR else addresses
 
 
-def aligned_addresses(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
-    """Where each begins, 0 for one without elements; None if one has them not in a row from a multiple of `VECTOR`."""
-    if isinstance(tensors, Pieces):
-        addresses = tensors.addresses
-    elif all(map(Tensor.is_contiguous, tensors)):
-        addresses = tuple(map(Tensor.data_ptr, tensors))
-    else:
-        return None
-    return None if functools.reduce(operator.or_, addresses) % VECTOR else addresses
-
-
-def shapes_of(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    """Of each."""
-    return tensors.shapes if isinstance(tensors, Pieces) else tuple([tensor.shape for tensor in tensors])
+def known(tensors: Sequence[Tensor]) -> Tensors | Pieces:
+    """The same, with what kernels ask of them."""
+    return tensors if isinstance(tensors, (Tensors, Pieces)) else Tensors(tensors)
 
 
 def is_capturing(device: torch.device) -> bool:

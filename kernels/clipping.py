@@ -5,6 +5,7 @@ Shapes: T tensors; S sums.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.addresses import KeptTables, aligned_addresses, kept_tables, table_on, typed_pointer
+from kernels.addresses import KeptTables, kept_tables, known, table_on, typed_pointer
 from kernels.launch import cdiv, launch, tl, triton
 from kernels.registration import is_traced
 
@@ -112,19 +113,21 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 @dispatch.register_triton("square_sums")
 def _square_sums(tensors: Sequence[Tensor]) -> Tensor:
-    addresses, dtypes = aligned_addresses(tensors), tuple([tensor.dtype for tensor in tensors])
+    tensors = known(tensors)
+    addresses, dtypes, shapes = tensors.addresses, tensors.dtypes, tensors.shapes
     if addresses is None or not set(DTYPES).issuperset(dtypes):
         return reference.square_sums(tensors)
-    device, sizes = tensors[0].device, tuple([tensor.numel() for tensor in tensors])
+    device = tensors[0].device
 
     def make() -> _Work:
+        sizes = tuple(map(math.prod, shapes))
         chunks = _chunks(sizes, device)
         rows = list(zip(addresses, sizes, map(DTYPES.index, dtypes), strict=True))
         firsts = tuple([dtypes.index(dtype) if dtype in dtypes else None for dtype in DTYPES])
         moved = sum([size * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True)])
         return _Work(chunks, table_on(device, rows, torch.int64), len(chunks), firsts, moved)
 
-    work = _works.get(device, (addresses, dtypes, sizes), make)
+    work = _works.get(device, (addresses, dtypes, shapes), make)
     sums = torch.empty(work.programs, dtype=torch.float64, device=device)
     likes = [None if index is None else tensors[index] for index in work.first_of_dtypes]
     launch(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.addresses import KeptTables, Pieces, aligned_addresses, kept_tables, shapes_of, table_on, typed_pointer
+from kernels.addresses import KeptTables, Pieces, Tensors, kept_tables, known, table_on, typed_pointer
 from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
 from kernels.newton_schulz_tiles import Momentum, orthogonalize
 from kernels.reference import Triple, coefficients_per_step
@@ -101,15 +101,12 @@ def muon_update_(
     run(weights, updates, scales, lr=lr, weight_decay=weight_decay)
 
 
-def _addresses(tensors: Sequence[Tensor], factor: float | Tensor) -> tuple[int, ...] | None:
-    """Where each begins; None unless all are contiguous, aligned, not empty, of one dtype and where the factor is."""
-    first = tensors[0]
-    if first.dtype not in DTYPES or (isinstance(factor, Tensor) and factor.device != first.device):
-        return None
-    if not isinstance(tensors, Pieces) and len({tensor.dtype for tensor in tensors}) > 1:
-        return None
-    addresses = aligned_addresses(tensors)
-    return None if addresses is None or 0 in addresses else addresses
+def _can_run(tensors: Tensors | Pieces, factor: float | Tensor) -> bool:
+    """Whether all are contiguous, aligned, not empty, of one dtype, and where the factor is."""
+    dtype, addresses = tensors.dtypes[0], tensors.addresses
+    if dtype not in DTYPES or (isinstance(factor, Tensor) and factor.device != tensors.like.device):
+        return False
+    return addresses is not None and 0 not in addresses and tensors.dtypes.count(dtype) == len(tensors)
 
 
 @dispatch.register_triton("momentum_newton_schulz_")
@@ -125,13 +122,14 @@ def _momentum_newton_schulz_(
 ) -> Sequence[Tensor]:
     if len(buffers) != len(gradients):
         raise ValueError(f"{len(buffers)} buffers for {len(gradients)} gradients: as many are needed")
-    addresses = _addresses((*gradients, *buffers), momentum)
-    if addresses is None:
+    buffers, gradients = known(buffers), known(gradients)
+    if gradients.dtypes != buffers.dtypes or not (_can_run(gradients, momentum) and _can_run(buffers, momentum)):
         options = {"momentum": momentum, "nesterov": nesterov, "clip": clip}
         return reference.momentum_newton_schulz_(buffers, gradients, **options, steps=steps, coefficients=coefficients)
     triples = coefficients_per_step(coefficients, steps)
+    addresses = (*gradients.addresses, *buffers.addresses)
     results = orthogonalize(gradients, triples, Momentum(buffers, addresses, momentum, nesterov, clip))
-    torch.autograd.graph.increment_version(list(buffers))
+    torch.autograd.graph.increment_version(buffers)
     return results
 
 
@@ -163,13 +161,13 @@ def _muon_update_(
     lr: float | Tensor,
     weight_decay: float,
 ) -> None:
-    first, first_update, device = weights[0], updates[0], weights[0].device
-    addresses, update_addresses = _addresses(weights, lr), _addresses(updates, lr)
-    if addresses is None or update_addresses is None:
+    weights, updates, scales = known(weights), known(updates), tuple(scales)
+    if not (_can_run(weights, lr) and _can_run(updates, lr)):
         reference.muon_update_(weights, updates, scales, lr=lr, weight_decay=weight_decay)
         return
-    torch.autograd.graph.increment_version(list(weights))  # so that a graph that kept them notices
-    shapes, scales = shapes_of(updates), tuple(scales)
+    first, device = weights[0], weights[0].device
+    addresses, update_addresses, shapes = weights.addresses, updates.addresses, updates.shapes
+    torch.autograd.graph.increment_version(weights)  # so that a graph that kept them notices
 
     def make() -> _Work:
         sizes = tuple(map(math.prod, shapes))
@@ -185,9 +183,9 @@ def _muon_update_(
     launch(
         muon_update_kernel,
         (work.programs,),
-        (first, first_update, tensor, work.chunks, work.matrices, work.scales),
+        (first, updates.like, tensor, work.chunks, work.matrices, work.scales),
         (number, float(weight_decay)),
         (VECTOR, CHUNK),
         num_warps=8,
-        counted=lambda: (work.size * (2 * first.itemsize + first_update.itemsize), 0.0),
+        counted=lambda: (work.size * (2 * first.itemsize + updates.like.itemsize), 0.0),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -11,8 +12,11 @@ from torch.optim import AdamW, Optimizer
 
 from golfmodel.config import Config
 from golfmodel.model.parameters import Group, parameter_specs
-from golfmodel.optim.muon import GroupGradients, Muon, gradients_of
+from golfmodel.optim.muon import GroupGradients, Muon, gradients_of, states_of
+from golfmodel.optim.repeated import Repeated, Situation
 from golfmodel.runtime.distributed import Ranks
+from kernels import dispatch
+from kernels.addresses import Tensors
 from kernels.clipping import clip_factors, square_sums
 
 # What each optimizer keeps for a parameter.
@@ -28,9 +32,19 @@ class Optimizers:
     Learning rates and Muon's momentum are tensors on the model's device, which `set_schedule` writes to. They, the
     weights and all state stay where they are in memory once there has been a step, so that a CUDA graph of a step
     goes on being one.
+
+    A step of one GPU records itself where all of it is as at the step before, gradients at the same addresses too: the
+    host then starts one graph in place of each kernel. The step that is recorded waits for the device, and what a step
+    needs of its memory is the graph's from then on. Where something else records the step, it is part of that alone.
+
+    Args:
+        model: whose parameters are trained, where they are.
+        config: rates, momenta, weight decay, clipping.
+        ranks: who shares the work; None for this process alone.
+        records: whether steps record themselves; False keeps to single launches, which a profiler tells apart.
     """
 
-    def __init__(self, model: nn.Module, config: Config, ranks: Ranks | None = None) -> None:
+    def __init__(self, model: nn.Module, config: Config, ranks: Ranks | None = None, *, records: bool = True) -> None:
         specs = parameter_specs(model)
         device = next(model.parameters()).device
         by_group: dict[Group, list[nn.Parameter]] = {group: [] for group in Group}
@@ -69,11 +83,18 @@ class Optimizers:
             group["lr"] = rate
         for group in self.muon.param_groups:
             group["momentum"] = self._momentum
+        is_alone_on_gpu = device.type == "cuda" and self._ranks is None
+        self._repeated = Repeated(device) if records and is_alone_on_gpu else None
 
     @property
     def param_groups(self) -> list[dict]:
         """Every parameter group of every optimizer."""
         return [group for optimizer in self.all for group in optimizer.param_groups]
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the next step, if all is as at the last one, is a replay."""
+        return self._repeated is not None and self._repeated.is_recorded
 
     def set_schedule(self, *, lr_scale: float, momentum: float) -> None:
         """Sets every group's learning rate to `lr_scale` times its full one, and Muon's momentum."""
@@ -92,12 +113,41 @@ class Optimizers:
             self._ranks.average_gradients(self._others)
             finish_reducing()
         matrices, others = (list(map(gradients_of, optimizer.param_groups)) for optimizer in self.all)
-        clip = self._clip(matrices, others) if self.grad_clip_norm > 0 else None
-        finish_step = self.muon.start_step(None if clip is None else clip[0], matrices)
-        # AdamW divides gradients by this, where it reads them anyway.
-        _step_adam(self.adam, others, None if clip is None else clip[1])
-        finish_step()
+        self._take(matrices, others)
         self._free_gradients()
+
+    def _take(self, matrices: Sequence[GroupGradients], others: Sequence[GroupGradients]) -> None:
+        """A step on these gradients, launched or replayed."""
+
+        def launches() -> None:
+            clip = self._clip(matrices, others) if self.grad_clip_norm > 0 else None
+            finish_step = self.muon.start_step(None if clip is None else clip[0], matrices)
+            # AdamW divides gradients by this, where it reads them anyway.
+            _step_adam(self.adam, others, None if clip is None else clip[1])
+            finish_step()
+
+        situation = None
+        if self._repeated is not None and not torch.cuda.is_current_stream_capturing():
+            situation = self._situation((*matrices, *others))
+        if situation is None:
+            launches()
+        elif self._repeated(launches, situation):
+            # as launches do
+            torch.autograd.graph.increment_version([each for own in (*matrices, *others) for each in own.parameters])
+
+    def _situation(self, by_group: Sequence[GroupGradients]) -> Situation | None:
+        """All that a step on these gradients depends on; None if there are none, or not where kernels can take them."""
+        where = []
+        for parameters, gradients in by_group:
+            if gradients.addresses is None:
+                return None
+            # A gradient has its parameter's shape, and a parameter keeps its own where it lies.
+            where.append((tuple(map(Tensor.data_ptr, parameters)), gradients.addresses, gradients.dtypes))
+        if not any([parameters for parameters, _, _ in where]):
+            return None
+        states = [state for optimizer in self.all for state in optimizer.state.values()]
+        objects = itertools.chain.from_iterable(map(dict.values, (*self.param_groups, *states)))
+        return Situation(list(objects), (where, self.grad_clip_norm, dispatch.chosen()))
 
     def abandon(self) -> None:
         """Forgets the gradients of a step that failed on its way."""
@@ -110,13 +160,11 @@ class Optimizers:
 
     def _clip(self, matrices: Sequence[GroupGradients], others: Sequence[GroupGradients]) -> Tensor | None:
         """What gradients are to be multiplied by so that their global norm is within bounds, and its inverse: `[2]`."""
-        here, everywhere = (
-            [gradient for each in several for gradient in each.gradients] for several in (matrices, others)
-        )
         ranks = self._ranks
         if ranks is None:
-            gradients = [*here, *everywhere]
+            gradients = Tensors.joined([each.gradients for each in (*matrices, *others)])
             return clip_factors(square_sums(gradients), self.grad_clip_norm) if gradients else None
+        here, everywhere = (Tensors.joined([each.gradients for each in several]) for several in (matrices, others))
         zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
         sums = [square_sums(each).sum() if each else zero for each in (here, everywhere)]
         return clip_factors(torch.stack((ranks.reduce_sum(sums[0]), sums[1])), self.grad_clip_norm)
@@ -167,36 +215,37 @@ def _step_adam(adam: AdamW, by_group: Sequence[GroupGradients], grad_scale: Tens
     to give those a state that have none yet. Later what it ends in is called without it: one `_foreach_add_` for the
     steps of all groups, and `_fused_adamw_` for each group, whose tensors are of one dtype.
     """
-    present = [
-        (group, own, [adam.state[parameter] for parameter in own.parameters])
-        for group, own in zip(adam.param_groups, by_group, strict=True)
-        if own.parameters
-    ]
-    if not all([all(states) for _, _, states in present]):
+    states = states_of(adam, [parameter for own in by_group for parameter in own.parameters])
+    if not all(states):
         adam.grad_scale = grad_scale
         adam.step()
         adam.grad_scale = None  # of this step's gradients
         return
-    if present:
-        torch._foreach_add_([state["step"] for _, _, states in present for state in states], 1)
-    for group, own, states in present:
+    steps, first, second = ([state[entry] for state in states] for entry in _ADAM_ENTRIES)
+    if steps:
+        torch._foreach_add_(steps, 1)
+    start = 0
+    for group, own in zip(adam.param_groups, by_group, strict=True):
         beta1, beta2 = group["betas"]
-        torch._fused_adamw_(
-            own.parameters,
-            own.gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            grad_scale=grad_scale,
-            amsgrad=False,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        its = slice(start, start + len(own.parameters))
+        if own.parameters:
+            torch._fused_adamw_(
+                own.parameters,
+                own.gradients,
+                first[its],
+                second[its],
+                [],
+                steps[its],
+                grad_scale=grad_scale,
+                amsgrad=False,
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+        start = its.stop
 
 
 def state_shapes(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,15 +14,15 @@ from torch.optim import Optimizer
 
 from golfmodel.optim.sharding import Reducing, Shards
 from golfmodel.runtime.distributed import Ranks
-from kernels.addresses import shapes_of
+from kernels.addresses import Tensors, known
 from kernels.muon_update import momentum_newton_schulz_, muon_update_
 
 
 class GroupGradients(NamedTuple):
     """Those of a group's parameters that have a gradient, and the gradients."""
 
-    parameters: list[Tensor]
-    gradients: list[Tensor]
+    parameters: Tensors
+    gradients: Tensors
 
 
 def gradients_of(group: dict[str, Any]) -> GroupGradients:
@@ -31,14 +32,23 @@ def gradients_of(group: dict[str, Any]) -> GroupGradients:
     if any([gradient is None for gradient in gradients]):
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters]
-    return GroupGradients(parameters, gradients)
+    return GroupGradients(Tensors(parameters), Tensors(gradients))
+
+
+def states_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """What the optimizer keeps for each, which may be nothing."""
+    kept = optimizer.state
+    # To look a parameter up takes the host longer than all else that is done with its state.
+    if len(kept) == len(parameters) and all(map(operator.is_, kept, parameters)):
+        return list(kept.values())
+    return [kept[parameter] for parameter in parameters]
 
 
 class GroupUpdates(NamedTuple):
     """What a step does to those of a group's parameters that have a gradient."""
 
     group: dict[str, Any]
-    parameters: list[Tensor]
+    parameters: Sequence[Tensor]
     updates: Sequence[Tensor]
 
 
@@ -260,7 +270,7 @@ class Muon(Optimizer):
     def _updates(self, group: dict[str, Any], own: GroupGradients, clip: Tensor | None) -> Sequence[Tensor]:
         """Moves the momentum of these parameters, and orthogonalises."""
         parameters, gradients = own
-        states = [self.state[parameter] for parameter in parameters]
+        states = states_of(self, parameters)
         for parameter, state in zip(parameters, states, strict=True):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -272,5 +282,5 @@ class Muon(Optimizer):
         """Decays the weights and takes the step."""
         for group, parameters, updates in by_group:
             muon_update_(
-                parameters, updates, _scales(shapes_of(updates)), lr=group["lr"], weight_decay=group["weight_decay"]
+                parameters, updates, _scales(known(updates).shapes), lr=group["lr"], weight_decay=group["weight_decay"]
             )
