@@ -16,6 +16,10 @@ from golfmodel.optim.groups import Optimizers
 from golfmodel.runtime.compiling import compiled
 from golfmodel.training.step import UNRECORDED_STEPS, Step
 
+STEPS_UNTIL_RECORDED = (
+    3  # of optimizers alone: one makes their state, one finds it made, one finds it as the one before
+)
+
 
 @contextmanager
 def kernels_chosen(choice: str) -> Iterator[None]:
@@ -104,11 +108,11 @@ class TrainingStep:
             self._loss(inputs_BT, targets_BT).backward()
         self.model.zero_grad(set_to_none=True)
 
-    def optimizers_alone(self, *, records: bool = True) -> Callable[[int], object]:
+    def optimizers_alone(self, *, records: bool) -> Callable[[int], object]:
         """A step of optimizers of their own, as a function, on the gradients of one step, again and again.
 
         Args:
-            records: whether all but the first calls replay a CUDA graph, or each launches kernel by kernel.
+            records: whether it is, on a GPU, a replay of what they have recorded; else launched kernel by kernel.
         """
         optimizers = Optimizers(self.model, self.config, records=records)
         self.model.zero_grad(set_to_none=True)
@@ -124,4 +128,6 @@ class TrainingStep:
             with kernels_chosen(self._kernels):
                 optimizers.step()
 
+        for number in range(STEPS_UNTIL_RECORDED if records else 0):
+            step(number)
         return step

@@ -32,16 +32,6 @@ def typed_pointer(p_like, p_address, VECTOR: tl.constexpr):
 class Tensors(tuple[Tensor, ...]):
     """Tensors, and what kernels ask of each, asked once: every question to a tensor takes the host some 100 ns."""
 
-    @classmethod
-    def joined(cls, several: Sequence[Tensors]) -> Tensors:
-        """All of them, one after another; nothing is asked again."""
-        whole = cls([tensor for each in several for tensor in each])
-        whole.shapes = tuple([shape for each in several for shape in each.shapes])
-        whole.dtypes = tuple([dtype for each in several for dtype in each.dtypes])
-        addresses = [each.addresses for each in several]
-        whole.addresses = None if None in addresses else tuple([one for each in addresses for one in each])
-        return whole
-
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of each."""
@@ -108,7 +98,7 @@ class Pieces(Sequence[Tensor]):
         return None if functools.reduce(operator.or_, addresses, 0) % VECTOR else addresses
 
 
-def known(tensors: Sequence[Tensor]) -> Tensors | Pieces:
+def as_tensors(tensors: Sequence[Tensor]) -> Tensors | Pieces:
     """The same, with what kernels ask of them."""
     return tensors if isinstance(tensors, (Tensors, Pieces)) else Tensors(tensors)
 

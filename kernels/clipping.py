@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.addresses import KeptTables, kept_tables, known, table_on, typed_pointer
+from kernels.addresses import KeptTables, as_tensors, kept_tables, table_on, typed_pointer
 from kernels.launch import cdiv, launch, tl, triton
 from kernels.registration import is_traced
 
@@ -113,7 +113,7 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 @dispatch.register_triton("square_sums")
 def _square_sums(tensors: Sequence[Tensor]) -> Tensor:
-    tensors = known(tensors)
+    tensors = as_tensors(tensors)
     addresses, dtypes, shapes = tensors.addresses, tensors.dtypes, tensors.shapes
     if addresses is None or not set(DTYPES).issuperset(dtypes):
         return reference.square_sums(tensors)

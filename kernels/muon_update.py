@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch, reference
-from kernels.addresses import KeptTables, Pieces, Tensors, kept_tables, known, table_on, typed_pointer
+from kernels.addresses import KeptTables, Pieces, Tensors, as_tensors, kept_tables, table_on, typed_pointer
 from kernels.launch import cdiv, launch, number_of, tensor_and_number, tl, triton
 from kernels.newton_schulz_tiles import Momentum, orthogonalize
 from kernels.reference import Triple, coefficients_per_step
@@ -122,7 +122,7 @@ def _momentum_newton_schulz_(
 ) -> Sequence[Tensor]:
     if len(buffers) != len(gradients):
         raise ValueError(f"{len(buffers)} buffers for {len(gradients)} gradients: as many are needed")
-    buffers, gradients = known(buffers), known(gradients)
+    buffers, gradients = as_tensors(buffers), as_tensors(gradients)
     if gradients.dtypes != buffers.dtypes or not (_can_run(gradients, momentum) and _can_run(buffers, momentum)):
         options = {"momentum": momentum, "nesterov": nesterov, "clip": clip}
         return reference.momentum_newton_schulz_(buffers, gradients, **options, steps=steps, coefficients=coefficients)
@@ -161,7 +161,7 @@ def _muon_update_(
     lr: float | Tensor,
     weight_decay: float,
 ) -> None:
-    weights, updates, scales = known(weights), known(updates), tuple(scales)
+    weights, updates, scales = as_tensors(weights), as_tensors(updates), tuple(scales)
     if not (_can_run(weights, lr) and _can_run(updates, lr)):
         reference.muon_update_(weights, updates, scales, lr=lr, weight_decay=weight_decay)
         return

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from kernels import newton_schulz_hopper
-from kernels.addresses import Pieces, known, table_on, typed_pointer
+from kernels.addresses import Pieces, as_tensors, table_on, typed_pointer
 from kernels.launch import cdiv, launch, number_of, processors, tensor_and_number, tl, triton
 from kernels.newton_schulz_plan import LARGE, SMALL, START_COLUMNS, Plan, plan_of
 from kernels.reference import Triple
@@ -328,7 +328,7 @@ def orthogonalize(
     is g + factor * buffer with `nesterov`, else the buffer. The results share one allocation.
     """
     device = batches[0].device
-    shapes = known(batches).shapes
+    shapes = as_tensors(batches).shapes
     plan = plan_of(shapes, coefficients, device)
     buffers, addresses, factor, nesterov, clip = momentum or Momentum((), _addresses(batches), 0.0, False)
     table = _table(plan, addresses, device)

@@ -13,10 +13,9 @@ from torch.optim import AdamW, Optimizer
 from golfmodel.config import Config
 from golfmodel.model.parameters import Group, parameter_specs
 from golfmodel.optim.muon import GroupGradients, Muon, gradients_of, states_of
-from golfmodel.optim.repeated import Repeated, Situation
 from golfmodel.runtime.distributed import Ranks
+from golfmodel.runtime.recording import Repeated, Situation
 from kernels import dispatch
-from kernels.addresses import Tensors
 from kernels.clipping import clip_factors, square_sums
 
 # What each optimizer keeps for a parameter.
@@ -33,9 +32,11 @@ class Optimizers:
     weights and all state stay where they are in memory once there has been a step, so that a CUDA graph of a step
     goes on being one.
 
-    A step of one GPU records itself where all of it is as at the step before, gradients at the same addresses too: the
-    host then starts one graph in place of each kernel. The step that is recorded waits for the device, and what a step
-    needs of its memory is the graph's from then on. Where something else records the step, it is part of that alone.
+    On one GPU a step records itself as a CUDA graph where it finds weights, state, options and gradients as the step
+    before found them; from then on the host starts that graph alone, until something has moved. To record waits for the
+    device and empties PyTorch's cache of its memory, and what a step needs of that is then the graph's. Tensors are
+    known by their addresses: one that stays in its place with another shape or dtype goes unnoticed, and so do the
+    global switches of PyTorch. Where somebody else records a step, it is part of that graph alone.
 
     Args:
         model: whose parameters are trained, where they are.
@@ -126,28 +127,36 @@ class Optimizers:
             _step_adam(self.adam, others, None if clip is None else clip[1])
             finish_step()
 
-        situation = None
-        if self._repeated is not None and not torch.cuda.is_current_stream_capturing():
-            situation = self._situation((*matrices, *others))
-        if situation is None:
+        if self._repeated is None or torch.cuda.is_current_stream_capturing():
             launches()
-        elif self._repeated(launches, situation):
-            # as launches do
+        elif self._repeated(launches, self._situation((*matrices, *others))):
+            # As launches do; autograd keeps nothing else that a step changes.
             torch.autograd.graph.increment_version([each for own in (*matrices, *others) for each in own.parameters])
 
     def _situation(self, by_group: Sequence[GroupGradients]) -> Situation | None:
-        """All that a step on these gradients depends on; None if there are none, or not where kernels can take them."""
+        """All that a step on these gradients depends on; None if it cannot be recorded, or need not be any more."""
+        device = self._rates.device
+        if self._repeated.has_given_up or torch.cuda.current_device() != device.index:
+            return None
         where = []
         for parameters, gradients in by_group:
-            if gradients.addresses is None:
+            if gradients.addresses is None:  # kernels cannot take them where they lie
                 return None
-            # A gradient has its parameter's shape, and a parameter keeps its own where it lies.
-            where.append((tuple(map(Tensor.data_ptr, parameters)), gradients.addresses, gradients.dtypes))
-        if not any([parameters for parameters, _, _ in where]):
+            where.append((tuple(map(Tensor.data_ptr, parameters)), gradients.addresses))
+        if not any([parameters for parameters, _ in where]):
             return None
+        options = [option for group in self.param_groups for option in group.values()]
+        if any([isinstance(option, Tensor) and option.device != device for option in options]):
+            return None  # a launch reads it on the host
         states = [state for optimizer in self.all for state in optimizer.state.values()]
-        objects = itertools.chain.from_iterable(map(dict.values, (*self.param_groups, *states)))
-        return Situation(list(objects), (where, self.grad_clip_norm, dispatch.chosen()))
+        state = list(itertools.chain.from_iterable(map(dict.values, states)))
+        values = (where, tuple(map(Tensor.data_ptr, state)), self.grad_clip_norm, dispatch.chosen())
+        return Situation([*options, *state], values)
+
+    def forget(self) -> None:
+        """Gives back the memory of a step that recorded itself."""
+        if self._repeated is not None:
+            self._repeated.forget()
 
     def abandon(self) -> None:
         """Forgets the gradients of a step that failed on its way."""
@@ -160,11 +169,13 @@ class Optimizers:
 
     def _clip(self, matrices: Sequence[GroupGradients], others: Sequence[GroupGradients]) -> Tensor | None:
         """What gradients are to be multiplied by so that their global norm is within bounds, and its inverse: `[2]`."""
+        here, everywhere = (
+            [gradient for each in several for gradient in each.gradients] for several in (matrices, others)
+        )
         ranks = self._ranks
         if ranks is None:
-            gradients = Tensors.joined([each.gradients for each in (*matrices, *others)])
+            gradients = [*here, *everywhere]
             return clip_factors(square_sums(gradients), self.grad_clip_norm) if gradients else None
-        here, everywhere = (Tensors.joined([each.gradients for each in several]) for several in (matrices, others))
         zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
         sums = [square_sums(each).sum() if each else zero for each in (here, everywhere)]
         return clip_factors(torch.stack((ranks.reduce_sum(sums[0]), sums[1])), self.grad_clip_norm)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from golfmodel.optim.sharding import Reducing, Shards
 from golfmodel.runtime.distributed import Ranks
-from kernels.addresses import Tensors, known
+from kernels.addresses import Tensors, as_tensors
 from kernels.muon_update import momentum_newton_schulz_, muon_update_
 
 
@@ -281,6 +281,5 @@ class Muon(Optimizer):
     def _apply(self, by_group: Iterable[GroupUpdates]) -> None:
         """Decays the weights and takes the step."""
         for group, parameters, updates in by_group:
-            muon_update_(
-                parameters, updates, _scales(known(updates).shapes), lr=group["lr"], weight_decay=group["weight_decay"]
-            )
+            scales = _scales(as_tensors(updates).shapes)
+            muon_update_(parameters, updates, scales, lr=group["lr"], weight_decay=group["weight_decay"])

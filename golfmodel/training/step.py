@@ -14,6 +14,7 @@ from torch.profiler import record_function
 
 from golfmodel.optim.groups import Optimizers
 from golfmodel.runtime import faults, liveness
+from golfmodel.runtime.recording import recorded
 
 MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, int64 [B, T] each
 
@@ -48,7 +49,7 @@ class Step:
         *,
         records: bool = True,
     ) -> None:
-        self._loss, self._optimizers, self._micro_batches = loss, optimizers, micro_batches
+        self._loss, self._optimizers, self._micro_batches, self._device = loss, optimizers, micro_batches, device
         # A fault in the gradients is the host's doing, of which a graph knows nothing.
         self._records = records and device.type == "cuda" and not faults.are_planned("gradient")
         self._unrecorded = UNRECORDED_STEPS
@@ -107,11 +108,9 @@ class Step:
     def _record(self, given: list[MicroBatch]) -> None:
         """Records what `_take` does on copies of these micro-batches; runs none of it."""
         inputs = [(inputs_BT.clone(), targets_BT.clone()) for inputs_BT, targets_BT in given]
-        graph = torch.cuda.CUDAGraph()
-        # Meanwhile kernels upload tables, and other threads pin memory and ask NCCL how far it is.
+        self._optimizers.forget()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-                self._take(inputs)
+            graph = recorded(lambda: self._take(inputs), self._device)
         except BaseException:
             self._optimizers.abandon()  # gradients in the memory of a graph that never ran
             raise

@@ -67,13 +67,28 @@ def test_parts_leave_out_what_they_say(config):
     weights = [parameter.detach().clone() for parameter in step.model.parameters()]
     step.forward_and_backward(0)
     assert all(map(torch.equal, weights, step.model.parameters()))
-    alone = step.optimizers_alone()
+    alone = step.optimizers_alone(records=False)
     assert all(parameter.grad is None for parameter in step.model.parameters())
     alone(0)
     assert not all(map(torch.equal, weights, step.model.parameters()))
     moved = [parameter.detach().clone() for parameter in step.model.parameters()]
     alone(1)
     assert not all(map(torch.equal, moved, step.model.parameters()))
+
+
+@pytest.mark.gpu
+def test_optimizers_alone_are_replayed_where_they_may_be(config):
+    step = TrainingStep(dataclasses.replace(config, device="cuda"), torch.device("cuda"))
+    launched = []
+    for records in (False, True):
+        alone = step.optimizers_alone(records=records)
+        alone(0)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            alone(1)
+            torch.cuda.synchronize()
+        calls = {event.key: event.count for event in profiler.key_averages()}
+        launched.append((calls.get("cudaGraphLaunch", 0), any("LaunchKernel" in name for name in calls)))
+    assert launched == [(0, True), (1, False)]
 
 
 def test_profilers_see_the_stages(config):
