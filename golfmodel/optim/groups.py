@@ -33,10 +33,10 @@ class Optimizers:
     goes on being one.
 
     On one GPU a step records itself as a CUDA graph where it finds weights, state, options and gradients as the step
-    before found them; from then on the host starts that graph alone, until something has moved. To record waits for the
-    device and empties PyTorch's cache of its memory, and what a step needs of that is then the graph's. Tensors are
-    known by their addresses: one that stays in its place with another shape or dtype goes unnoticed, and so do the
-    global switches of PyTorch. Where somebody else records a step, it is part of that graph alone.
+    before found them; from then on the host starts that graph alone, until one of them is exchanged. What a step needs
+    of memory is then the graph's. Weights and gradients are known by their addresses, state by its tensors: one that
+    stays there with another shape, dtype or, of state, other memory goes unnoticed, and so do the global switches of
+    PyTorch. Where somebody else records a step, it is part of that graph alone.
 
     Args:
         model: whose parameters are trained, where they are.
@@ -149,9 +149,8 @@ class Optimizers:
         if any([isinstance(option, Tensor) and option.device != device for option in options]):
             return None  # a launch reads it on the host
         states = [state for optimizer in self.all for state in optimizer.state.values()]
-        state = list(itertools.chain.from_iterable(map(dict.values, states)))
-        values = (where, tuple(map(Tensor.data_ptr, state)), self.grad_clip_norm, dispatch.chosen())
-        return Situation([*options, *state], values)
+        state = itertools.chain.from_iterable(map(dict.values, states))
+        return Situation([*options, *state], (where, self.grad_clip_norm, dispatch.chosen()))
 
     def forget(self) -> None:
         """Gives back the memory of a step that recorded itself."""

@@ -16,22 +16,24 @@ MOST_WASTED = 4
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The one that is captured on a device; PyTorch's own, one for all, is on the device of the first graph."""
+    """The one that is captured on a device."""
     return torch.cuda.Stream(device)
 
 
 def recorded(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of what `work` launches on the device; none of it runs.
+    """A CUDA graph of what `work` launches on the device; none of it runs, and nothing is waited for.
 
-    Waits for the device and empties PyTorch's cache of its memory, as `torch.cuda.graph` does. What `work` allocates is
-    the graph's for as long as there is one.
+    What `work` allocates is the graph's for as long as there is one. PyTorch's cache of memory is not emptied, as it is
+    by `torch.cuda.graph`: what is allocated between two calls goes on to lie where it lay.
     """
-    graph, stream = torch.cuda.CUDAGraph(), _stream(device)
-    # Meanwhile kernels upload tables, and other threads pin memory and ask NCCL how far it is.
-    capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed")
-    # The stream is entered here too, so that it is left even if the capture cannot be ended.
-    with torch.cuda.device(device), torch.cuda.stream(stream), capture:
-        work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
+        # Meanwhile kernels upload tables, and other threads pin memory and ask NCCL how far it is.
+        graph.capture_begin(capture_error_mode="relaxed")
+        try:
+            work()
+        finally:
+            graph.capture_end()
     return graph
 
 

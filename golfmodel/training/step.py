@@ -108,7 +108,10 @@ class Step:
     def _record(self, given: list[MicroBatch]) -> None:
         """Records what `_take` does on copies of these micro-batches; runs none of it."""
         inputs = [(inputs_BT.clone(), targets_BT.clone()) for inputs_BT, targets_BT in given]
+        # What single steps took of memory, the graph takes anew.
         self._optimizers.forget()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
         try:
             graph = recorded(lambda: self._take(inputs), self._device)
         except BaseException:

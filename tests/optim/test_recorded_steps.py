@@ -95,13 +95,6 @@ def exchange_the_state(training: Training) -> None:
             state.update({entry: 2 * tensor for entry, tensor in state.items()})
 
 
-def exchange_the_memory_of_the_state(training: Training) -> None:
-    for optimizer in training.optimizers.all:
-        for state in optimizer.state.values():
-            for tensor in state.values():
-                tensor.data = 2 * tensor
-
-
 def exchange_the_memory_of_the_weights(training: Training) -> None:
     for parameter in training.model.parameters():
         parameter.data = parameter.data * 0.5
@@ -125,7 +118,6 @@ CHANGES = (
     leave_a_gradient_out,
     load_the_state,
     exchange_the_state,
-    exchange_the_memory_of_the_state,
     exchange_the_memory_of_the_weights,
     change_an_option,
     exchange_a_rate,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import pytest
 import torch
 
+from golfmodel.runtime import recording
 from golfmodel.runtime.recording import MOST_WASTED, WORTH, Repeated, Situation, recorded
 
 DEVICE = torch.device("cuda", 0)
@@ -16,23 +17,24 @@ DEVICE = torch.device("cuda", 0)
 class Log(list):
     """Stands in for CUDA graphs: says what is recorded, launched and replayed."""
 
+    def capture_begin(self, **_: object) -> None:
+        self.append("record")
+
+    def capture_end(self) -> None:
+        pass
+
     def replay(self) -> None:
         self.append("replay")
 
 
 @pytest.fixture
-def log(monkeypatch) -> Log:
+def log(monkeypatch) -> Iterator[Log]:
     log = Log()
-
-    def graph(recorded: Log, **_: object) -> nullcontext:
-        recorded.append("record")
-        return nullcontext()
-
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: log)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
     for name in ("Stream", "stream", "device"):
         monkeypatch.setattr(torch.cuda, name, lambda of: nullcontext())
-    return log
+    yield log
+    recording._stream.cache_clear()
 
 
 def asked(repeated: Repeated, log: Log, situation: Situation) -> list[str]:
