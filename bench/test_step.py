@@ -56,7 +56,8 @@ def measure(config: Config, implementations: tuple[str, ...], ceilings: Ceilings
         verdict = next((each for each in verdicts if each != "passed"), "passed")
     for (choice, part), taken in times.items():
         step = steps[choice]
-        # A replay allocates nothing: what its graph holds was counted when it was recorded, or is what launches need.
+        # A replay allocates nothing. What the whole step's graph holds was counted when it was recorded; that of the
+        # optimizers holds what their launches need.
         launched = times[choice, "optimizers"] if part == RECORDED else taken
         peak = peak_bytes[choice] if part == "whole step" else launched.peak_bytes + step.state_bytes
         faster = choice == "auto" and verdict == "passed"

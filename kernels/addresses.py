@@ -1,4 +1,4 @@
-"""Small tables that kernels read from the device, addresses of tensors above all; also for CUDA graphs.
+"""What kernels ask of lists of tensors, and small tables that they read on the device, addresses of tensors above all.
 
 A graph goes on reading a table wherever it is replayed. So one that is made or used while a graph is captured is there
 before the first replay, and is kept for good: a few kilobytes for each captured call. To make one, the capture has to

@@ -32,11 +32,11 @@ class Optimizers:
     weights and all state stay where they are in memory once there has been a step, so that a CUDA graph of a step
     goes on being one.
 
-    On one GPU a step records itself as a CUDA graph where it finds weights, state, options and gradients as the step
-    before found them; from then on the host starts that graph alone, until one of them is exchanged. What a step needs
-    of memory is then the graph's. Weights and gradients are known by their addresses, state by its tensors: one that
-    stays there with another shape, dtype or, of state, other memory goes unnoticed, and so do the global switches of
-    PyTorch. Where somebody else records a step, it is part of that graph alone.
+    For one process alone, a step on the current GPU records itself as a CUDA graph where it finds weights, state,
+    options and gradients as the step before found them. From then on the host starts that graph alone, until one of
+    them is exchanged or moved; if that happens again and again, steps are launched as ever. What a step needs of memory
+    is the graph's. What stays in its place with another shape or dtype goes unnoticed, and so do the global switches
+    of PyTorch. Where somebody else records a step, it is part of that graph alone.
 
     Args:
         model: whose parameters are trained, where they are.
@@ -134,8 +134,9 @@ class Optimizers:
             torch.autograd.graph.increment_version([each for own in (*matrices, *others) for each in own.parameters])
 
     def _situation(self, by_group: Sequence[GroupGradients]) -> Situation | None:
-        """All that a step on these gradients depends on; None if it cannot be recorded, or need not be any more."""
+        """What tells whether a step is as the one before; None if it is not to be recorded."""
         device = self._rates.device
+        # The stream that the caller's other work is on is the current device's.
         if self._repeated.has_given_up or torch.cuda.current_device() != device.index:
             return None
         where = []
@@ -149,11 +150,12 @@ class Optimizers:
         if any([isinstance(option, Tensor) and option.device != device for option in options]):
             return None  # a launch reads it on the host
         states = [state for optimizer in self.all for state in optimizer.state.values()]
-        state = itertools.chain.from_iterable(map(dict.values, states))
-        return Situation([*options, *state], (where, self.grad_clip_norm, dispatch.chosen()))
+        state = list(itertools.chain.from_iterable(map(dict.values, states)))
+        values = (where, tuple(map(Tensor.data_ptr, state)), self.grad_clip_norm, dispatch.chosen())
+        return Situation([*options, *state], values)
 
     def forget(self) -> None:
-        """Gives back the memory of a step that recorded itself."""
+        """Drops what a step recorded of itself, whose memory PyTorch can then free."""
         if self._repeated is not None:
             self._repeated.forget()
 

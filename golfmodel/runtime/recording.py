@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-# A recording costs as much as that many launches of the work; one that is replayed less often was wasted.
-WORTH = 100
+# Replays after which a recording was worth its while: that of the optimizers' step takes the host as long as some 150
+# steps that are launched.
+WORTH = 150
 MOST_WASTED = 4
 
 
@@ -21,10 +22,10 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def recorded(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of what `work` launches on the device; none of it runs, and nothing is waited for.
+    """A CUDA graph of what `work` launches on the device; none of it runs, and what the device still does goes on.
 
     What `work` allocates is the graph's for as long as there is one. PyTorch's cache of memory is not emptied, as it is
-    by `torch.cuda.graph`: what is allocated between two calls goes on to lie where it lay.
+    by `torch.cuda.graph`, so that what is allocated between two steps goes on to lie where it lay.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
@@ -97,17 +98,26 @@ class Repeated:
             self._replays += 1
             self._graph.replay()
             return True
-        elif not self.has_given_up:
-            wasted, self._wasted = self._wasted, MOST_WASTED  # if it fails, it is not tried again
-            self._graph = recorded(work, self.device)
-            self._wasted = wasted + 1  # until it is worth its while
+        elif not self.has_given_up and self._record(work):
             self._graph.replay()
             return False
         work()
         return False
 
+    def _record(self, work: Callable[[], None]) -> bool:
+        """Whether there was memory for it."""
+        try:
+            self._graph = recorded(work, self.device)
+        except BaseException as error:
+            self._wasted = MOST_WASTED  # it would be so again
+            if isinstance(error, torch.OutOfMemoryError):
+                return False  # a graph cannot have what PyTorch keeps in its cache, launches can
+            raise
+        self._wasted += 1  # until it is worth its while
+        return True
+
     def forget(self) -> None:
-        """Gives the graph's memory back; what is asked for next is launched."""
+        """Drops the graph, whose memory PyTorch can then free; what is asked for next is launched."""
         if self._replays >= WORTH:
             self._wasted -= 1
         self._situation, self._graph, self._replays = None, None, 0

@@ -37,7 +37,8 @@ class Step:
         optimizers: of the loss's parameters.
         micro_batches: how many make a step.
         device: where all of it is.
-        records: whether to record; False keeps to single launches, which a profiler tells apart.
+        records: whether to record; False keeps to single launches, which a profiler tells apart, but for what the
+            optimizers record themselves.
     """
 
     def __init__(

@@ -95,6 +95,13 @@ def exchange_the_state(training: Training) -> None:
             state.update({entry: 2 * tensor for entry, tensor in state.items()})
 
 
+def exchange_the_memory_of_the_state(training: Training) -> None:
+    for optimizer in training.optimizers.all:
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                tensor.data = 2 * tensor
+
+
 def exchange_the_memory_of_the_weights(training: Training) -> None:
     for parameter in training.model.parameters():
         parameter.data = parameter.data * 0.5
@@ -118,6 +125,7 @@ CHANGES = (
     leave_a_gradient_out,
     load_the_state,
     exchange_the_state,
+    exchange_the_memory_of_the_state,
     exchange_the_memory_of_the_weights,
     change_an_option,
     exchange_a_rate,
@@ -155,7 +163,14 @@ def keep_a_rate_on_the_host(training: Training) -> None:
     training.optimizers.adam.param_groups[0]["lr"] = torch.tensor(0.5)
 
 
-@pytest.mark.parametrize("change", [skew_a_matrix_gradient, keep_a_rate_on_the_host], ids=lambda each: each.__name__)
+def leave_all_gradients_out(training: Training) -> None:
+    training.places = [None] * len(training.places)
+
+
+LAUNCHED = (skew_a_matrix_gradient, keep_a_rate_on_the_host, leave_all_gradients_out)
+
+
+@pytest.mark.parametrize("change", LAUNCHED, ids=lambda change: change.__name__)
 def test_what_a_graph_could_not_follow_is_launched(config, change: Callable[[Training], None]):
     def take(training: Training) -> list[bool]:
         before = steps(training, range(4))
@@ -163,6 +178,18 @@ def test_what_a_graph_could_not_follow_is_launched(config, change: Callable[[Tra
         return before + steps(training, range(4, STEPS))
 
     assert both(config, take) == [False, False, True, True, False, False, False, False]
+
+
+def test_steps_on_another_device_than_the_current_one_are_launched(config):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+    def take(training: Training) -> list[bool]:
+        with torch.cuda.device(0):
+            return steps(training, range(STEPS))
+
+    with torch.cuda.device(1):
+        assert not any(both(config, take))
 
 
 def test_a_step_that_somebody_else_records_is_theirs_alone(config):

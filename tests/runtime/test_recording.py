@@ -113,6 +113,22 @@ def test_a_recording_that_fails_leaves_no_graph_and_is_not_tried_again(log):
     assert [asked(repeated, log, situation) for _ in range(3)] == [LAUNCHED] * 3
 
 
+def test_what_there_is_no_memory_to_record_is_launched(log):
+    repeated, situation = Repeated(DEVICE), Situation([], ())
+
+    def work() -> None:
+        log.append("work")
+        if log == ["record", "work"]:
+            raise torch.OutOfMemoryError
+
+    done = []
+    for _ in range(3):
+        log.clear()
+        assert not repeated(work, situation)
+        done.append(list(log))
+    assert done == [LAUNCHED, ["record", "work", "work"], LAUNCHED]
+
+
 @pytest.mark.gpu
 def test_work_on_another_device_than_the_first_graphs_is_recorded():
     if torch.cuda.device_count() < 2:
@@ -128,10 +144,24 @@ def test_work_on_another_device_than_the_first_graphs_is_recorded():
 
 
 @pytest.mark.gpu
-def test_a_failed_recording_leaves_the_stream_as_it_was():
-    x, before = torch.zeros(3, device="cuda"), torch.cuda.current_stream()
+def test_after_a_failed_recording_others_go_on():
+    x, before = torch.zeros(3, device="cuda:0"), torch.cuda.current_stream()
 
-    with pytest.raises(RuntimeError):
-        recorded(lambda: x.sum().item(), x.device)  # to wait is not allowed in a capture
+    def failing() -> None:
+        x.add_(1)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        recorded(failing, x.device)
     assert torch.cuda.current_stream() == before
-    assert (x + 1).tolist() == [1, 1, 1]
+    recorded(lambda: x.add_(2), x.device).replay()
+    assert x.tolist() == [2, 2, 2]
+
+
+@pytest.mark.gpu
+def test_to_record_leaves_the_cache_of_memory():
+    x = torch.zeros(3, device="cuda:0")
+    torch.empty(2**26, device=x.device)  # given back to the cache at once
+    before = torch.cuda.memory_reserved(x.device)
+    recorded(lambda: x.add_(1), x.device)
+    assert torch.cuda.memory_reserved(x.device) >= before
