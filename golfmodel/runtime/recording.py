@@ -65,7 +65,7 @@ class Repeated:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self._device = device
         self._situation: Situation | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._replays = self._wasted = 0
@@ -107,7 +107,7 @@ class Repeated:
     def _record(self, work: Callable[[], None]) -> bool:
         """Whether there was memory for it."""
         try:
-            self._graph = recorded(work, self.device)
+            self._graph = recorded(work, self._device)
         except BaseException as error:
             self._wasted = MOST_WASTED  # it would be so again
             if isinstance(error, torch.OutOfMemoryError):
