@@ -29,6 +29,11 @@ def typed_pointer(p_like, p_address, VECTOR: tl.constexpr):
     return tl.multiple_of(tl.load(p_address).to(p_like.dtype), VECTOR * BYTES)
 
 
+def _aligned(addresses: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The same; None if one is no multiple of `VECTOR`."""
+    return None if functools.reduce(operator.or_, addresses, 0) % VECTOR else addresses
+
+
 class Tensors(tuple[Tensor, ...]):
     """Tensors, and what kernels ask of each, asked once: every question to a tensor takes the host some 100 ns."""
 
@@ -44,11 +49,10 @@ class Tensors(tuple[Tensor, ...]):
 
     @functools.cached_property
     def addresses(self) -> tuple[int, ...] | None:
-        """Where each begins, 0 for one without elements; None if one has them not in a row from a multiple of 16."""
+        """Where each begins, in bytes, 0 without elements; None if one is not in a row from a multiple of `VECTOR`."""
         if not all(map(Tensor.is_contiguous, self)):
             return None
-        addresses = tuple(map(Tensor.data_ptr, self))
-        return None if functools.reduce(operator.or_, addresses, 0) % VECTOR else addresses
+        return _aligned(tuple(map(Tensor.data_ptr, self)))
 
     @property
     def like(self) -> Tensor:
@@ -92,10 +96,9 @@ class Pieces(Sequence[Tensor]):
 
     @functools.cached_property
     def addresses(self) -> tuple[int, ...] | None:
-        """Where each begins; None if that is for one no multiple of 16."""
+        """Where each begins, in bytes; None if that is for one no multiple of `VECTOR`."""
         first, size = self.flat.data_ptr(), self.flat.itemsize
-        addresses = tuple([first + start * size for start in self._starts])
-        return None if functools.reduce(operator.or_, addresses, 0) % VECTOR else addresses
+        return _aligned(tuple([first + start * size for start in self._starts]))
 
 
 def as_tensors(tensors: Sequence[Tensor]) -> Tensors | Pieces:
