@@ -16,9 +16,8 @@ from golfmodel.optim.groups import Optimizers
 from golfmodel.runtime.compiling import compiled
 from golfmodel.training.step import UNRECORDED_STEPS, Step
 
-STEPS_UNTIL_RECORDED = (
-    3  # of optimizers alone: one makes their state, one finds it made, one finds it as the one before
-)
+# Of optimizers alone: the first makes their state, the second finds it made, the third finds it as the one before.
+STEPS_UNTIL_RECORDED = 3
 
 
 @contextmanager
