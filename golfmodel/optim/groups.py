@@ -13,9 +13,10 @@ from torch.optim import AdamW, Optimizer
 from golfmodel.config import Config
 from golfmodel.model.parameters import Group, parameter_specs
 from golfmodel.optim.muon import GroupGradients, Muon, gradients_of, states_of
+from golfmodel.runtime.cuda_graphs import GraphedCall, GraphKey
 from golfmodel.runtime.distributed import Ranks
-from golfmodel.runtime.recording import Repeated, Situation
 from kernels import dispatch
+from kernels.addresses import is_capturing
 from kernels.clipping import clip_factors, square_sums
 
 # What each optimizer keeps for a parameter.
@@ -85,7 +86,7 @@ class Optimizers:
         for group in self.muon.param_groups:
             group["momentum"] = self._momentum
         is_alone_on_gpu = device.type == "cuda" and self._ranks is None
-        self._repeated = Repeated(device) if records and is_alone_on_gpu else None
+        self._graphed = GraphedCall(device) if records and is_alone_on_gpu else None
 
     @property
     def param_groups(self) -> list[dict]:
@@ -95,7 +96,7 @@ class Optimizers:
     @property
     def is_recorded(self) -> bool:
         """Whether the next step, if all is as at the last one, is a replay."""
-        return self._repeated is not None and self._repeated.is_recorded
+        return self._graphed is not None and self._graphed.is_recorded
 
     def set_schedule(self, *, lr_scale: float, momentum: float) -> None:
         """Sets every group's learning rate to `lr_scale` times its full one, and Muon's momentum."""
@@ -127,17 +128,17 @@ class Optimizers:
             _step_adam(self.adam, others, None if clip is None else clip[1])
             finish_step()
 
-        if self._repeated is None or torch.cuda.is_current_stream_capturing():
+        if self._graphed is None or is_capturing(self._rates.device):
             launches()
-        elif self._repeated(launches, self._situation((*matrices, *others))):
+        elif self._graphed(launches, self._graph_key((*matrices, *others))):
             # As launches do; autograd keeps nothing else that a step changes.
             torch.autograd.graph.increment_version([each for own in (*matrices, *others) for each in own.parameters])
 
-    def _situation(self, by_group: Sequence[GroupGradients]) -> Situation | None:
+    def _graph_key(self, by_group: Sequence[GroupGradients]) -> GraphKey | None:
         """What tells whether a step is as the one before; None if it is not to be recorded."""
         device = self._rates.device
-        # The stream that the caller's other work is on is the current device's.
-        if self._repeated.has_given_up or torch.cuda.current_device() != device.index:
+        # Of another device it is not known whether its stream is captured.
+        if self._graphed.has_given_up or torch.cuda.current_device() != device.index:
             return None
         where = []
         for parameters, gradients in by_group:
@@ -150,14 +151,13 @@ class Optimizers:
         if any([isinstance(option, Tensor) and option.device != device for option in options]):
             return None  # a launch reads it on the host
         states = [state for optimizer in self.all for state in optimizer.state.values()]
-        state = list(itertools.chain.from_iterable(map(dict.values, states)))
-        values = (where, tuple(map(Tensor.data_ptr, state)), self.grad_clip_norm, dispatch.chosen())
-        return Situation([*options, *state], values)
+        state = tuple(map(Tensor.data_ptr, itertools.chain.from_iterable(map(dict.values, states))))
+        return GraphKey(options, (where, state, self.grad_clip_norm, dispatch.chosen()))
 
     def forget(self) -> None:
         """Drops what a step recorded of itself, whose memory PyTorch can then free."""
-        if self._repeated is not None:
-            self._repeated.forget()
+        if self._graphed is not None:
+            self._graphed.forget()
 
     def abandon(self) -> None:
         """Forgets the gradients of a step that failed on its way."""

@@ -1,4 +1,4 @@
-"""CUDA graphs: of one piece of work, and of work that is asked for again and again on the same memory."""
+"""CUDA graphs: of one piece of work, and of calls that do the same on the same memory again and again."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Replays after which a recording was worth its while: that of the optimizers' step takes the host as long as some 150
-# steps that are launched.
-WORTH = 150
-MOST_WASTED = 4
+# A graph of fewer replays is wasted: to record the optimizers' step takes the host as long as to launch it 150 times.
+WORTHWHILE_REPLAYS = 150
+MOST_WASTED_GRAPHS = 4
 
 
 @functools.cache
@@ -21,7 +20,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def recorded(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+def captured(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
     """A CUDA graph of what `work` launches on the device; none of it runs, and what the device still does goes on.
 
     What `work` allocates is the graph's for as long as there is one. PyTorch's cache of memory is not emptied, as it is
@@ -38,14 +37,14 @@ def recorded(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAG
     return graph
 
 
-class Situation(NamedTuple):
-    """All that launches depend on, apart from what is in the memory they read."""
+class GraphKey(NamedTuple):
+    """What tells whether a call's launches are those of another."""
 
     objects: Sequence[Any]  # has to be these very objects
     values: tuple[Any, ...]  # has to be equal
 
-    def is_that_of(self, other: Situation | None) -> bool:
-        """Whether the launches are the same."""
+    def matches(self, other: GraphKey | None) -> bool:
+        """Whether they are."""
         return (
             other is not None
             and self.values == other.values
@@ -54,11 +53,11 @@ class Situation(NamedTuple):
         )
 
 
-class Repeated:
-    """Does work; where it is asked for twice in a row in one situation, by replays of a CUDA graph from then on.
+class GraphedCall:
+    """Calls that launch work; once two in a row have one key, the work is recorded, and replayed while the key stays.
 
-    A change of the situation gives the graph up. Where that happens again and again before it was worth its while,
-    nothing is recorded in the end.
+    Another key drops the graph. Where that happens again and again before it was worth its while, nothing is recorded
+    in the end.
 
     Args:
         device: where the work is done.
@@ -66,34 +65,34 @@ class Repeated:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._situation: Situation | None = None
+        self._key: GraphKey | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._replays = self._wasted = 0
 
     @property
     def is_recorded(self) -> bool:
-        """Whether the next time in this situation is a replay."""
+        """Whether the next call of the same key is a replay."""
         return self._graph is not None
 
     @property
     def has_given_up(self) -> bool:
         """Whether nothing is recorded any more."""
-        return self._graph is None and self._wasted >= MOST_WASTED
+        return self._graph is None and self._wasted >= MOST_WASTED_GRAPHS
 
-    def __call__(self, work: Callable[[], None], situation: Situation | None) -> bool:
-        """Launches or replays `work`, which asks nothing of the device, and of the host nothing but the situation.
+    def __call__(self, work: Callable[[], None], key: GraphKey | None) -> bool:
+        """Launches or replays `work`, which asks nothing of the device, and of the host nothing but what is in the key.
 
         Not to be called while a stream is captured.
 
         Args:
-            situation: None where there is none in which the work can be repeated.
+            key: None where this call is not to be recorded.
 
         Returns:
             Whether all that was done is a replay.
         """
-        if situation is None or not situation.is_that_of(self._situation):
+        if key is None or not key.matches(self._key):
             self.forget()
-            self._situation = situation
+            self._key = key
         elif self._graph is not None:
             self._replays += 1
             self._graph.replay()
@@ -107,9 +106,9 @@ class Repeated:
     def _record(self, work: Callable[[], None]) -> bool:
         """Whether there was memory for it."""
         try:
-            self._graph = recorded(work, self._device)
+            self._graph = captured(work, self._device)
         except BaseException as error:
-            self._wasted = MOST_WASTED  # it would be so again
+            self._wasted = MOST_WASTED_GRAPHS  # it would be so again
             if isinstance(error, torch.OutOfMemoryError):
                 return False  # a graph cannot have what PyTorch keeps in its cache, launches can
             raise
@@ -117,7 +116,7 @@ class Repeated:
         return True
 
     def forget(self) -> None:
-        """Drops the graph, whose memory PyTorch can then free; what is asked for next is launched."""
-        if self._replays >= WORTH:
+        """Drops the graph, whose memory PyTorch can then free; the next call launches."""
+        if self._replays >= WORTHWHILE_REPLAYS:
             self._wasted -= 1
-        self._situation, self._graph, self._replays = None, None, 0
+        self._key, self._graph, self._replays = None, None, 0

@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from golfmodel.optim.groups import Optimizers
 from golfmodel.runtime import faults, liveness
-from golfmodel.runtime.recording import recorded
+from golfmodel.runtime.cuda_graphs import captured
 
 MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, int64 [B, T] each
 
@@ -114,7 +114,7 @@ class Step:
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         try:
-            graph = recorded(lambda: self._take(inputs), self._device)
+            graph = captured(lambda: self._take(inputs), self._device)
         except BaseException:
             self._optimizers.abandon()  # gradients in the memory of a graph that never ran
             raise

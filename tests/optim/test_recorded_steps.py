@@ -11,13 +11,13 @@ import torch
 from golfmodel.config import Config
 from golfmodel.model.gpt import GPT
 from golfmodel.optim.groups import Optimizers
+from golfmodel.runtime.cuda_graphs import captured
 from golfmodel.runtime.determinism import determinism
-from golfmodel.runtime.recording import recorded
 from golfmodel.training.step import Step
 
 pytestmark = pytest.mark.gpu
 
-STEPS, RECORDED_FROM = 8, 2  # the first step makes the state, so the second is in a situation of its own
+STEPS, RECORDED_FROM = 8, 2  # the first step makes the state, so the second has a key of its own
 
 
 @pytest.fixture
@@ -67,6 +67,17 @@ def both(config: Config, take: Callable[[Training], list[bool]]) -> list[bool]:
 
 def steps(training: Training, numbers: range) -> list[bool]:
     return [training.step(number) for number in numbers]
+
+
+def steps_around(change: Callable[[Training], None]) -> Callable[[Training], list[bool]]:
+    """Four steps, the change, and the rest of them."""
+
+    def take(training: Training) -> list[bool]:
+        before = steps(training, range(4))
+        change(training)
+        return before + steps(training, range(4, STEPS))
+
+    return take
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
@@ -135,20 +146,13 @@ CHANGES = (
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_between_steps_is_noticed(config, change: Callable[[Training], None]):
-    def take(training: Training) -> list[bool]:
-        before = steps(training, range(4))
-        change(training)
-        return before + steps(training, range(4, STEPS))
-
-    assert both(config, take) == [False, False, True, True, False, True, True, True]
+    assert both(config, steps_around(change)) == [False, False, True, True, False, True, True, True]
 
 
 def test_another_choice_of_kernels_is_noticed(config, monkeypatch):
     def take(training: Training) -> list[bool]:
         monkeypatch.setenv("GOLF_KERNELS", "auto")
-        before = steps(training, range(4))
-        monkeypatch.setenv("GOLF_KERNELS", "reference")
-        return before + steps(training, range(4, STEPS))
+        return steps_around(lambda _: monkeypatch.setenv("GOLF_KERNELS", "reference"))(training)
 
     assert both(config, take) == [False, False, True, True, False, True, True, True]
 
@@ -172,12 +176,7 @@ LAUNCHED = (skew_a_matrix_gradient, keep_a_rate_on_the_host, leave_all_gradients
 
 @pytest.mark.parametrize("change", LAUNCHED, ids=lambda change: change.__name__)
 def test_what_a_graph_could_not_follow_is_launched(config, change: Callable[[Training], None]):
-    def take(training: Training) -> list[bool]:
-        before = steps(training, range(4))
-        change(training)
-        return before + steps(training, range(4, STEPS))
-
-    assert both(config, take) == [False, False, True, True, False, False, False, False]
+    assert both(config, steps_around(change)) == [False, False, True, True, False, False, False, False]
 
 
 def test_steps_on_another_device_than_the_current_one_are_launched(config):
@@ -196,7 +195,7 @@ def test_a_step_that_somebody_else_records_is_theirs_alone(config):
     def take(training: Training) -> list[bool]:
         steps(training, range(RECORDED_FROM))  # the next one would record itself
         training.prepare(RECORDED_FROM)
-        recorded(training.optimizers.step, torch.device("cuda", torch.cuda.current_device())).replay()
+        captured(training.optimizers.step, torch.device("cuda", torch.cuda.current_device())).replay()
         return [training.optimizers.is_recorded]
 
     assert both(config, take) == [False]
