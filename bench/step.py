@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from bench.timing import Prepared
 from bench.tokens import token_batch
 from golfmodel.config import Config
 from golfmodel.model.gpt import GPT
@@ -107,7 +108,7 @@ class TrainingStep:
             self._loss(inputs_BT, targets_BT).backward()
         self.model.zero_grad(set_to_none=True)
 
-    def optimizers_alone(self, *, records: bool) -> Callable[[int], object]:
+    def optimizers_alone(self, *, records: bool) -> Prepared:
         """A step of optimizers of their own, as a function, on the gradients of one step, again and again.
 
         Args:
@@ -121,12 +122,15 @@ class TrainingStep:
         gradients = [parameter.grad for parameter in parameters]
         self.model.zero_grad(set_to_none=True)
 
-        def step(_: int) -> None:
+        def give_gradients() -> None:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
+
+        def take_step(_: int) -> None:
             with kernels_chosen(self._kernels):
                 optimizers.step()
 
+        step = Prepared(give_gradients, take_step)
         for number in range(STEPS_UNTIL_RECORDED if records else 0):
             step(number)
         return step

@@ -30,6 +30,25 @@ class MeasurementError(RuntimeError):
     """A time that would not be what it says."""
 
 
+class Prepared:
+    """A function that finds something used up by its last call in place again, which does not count as its time.
+
+    Args:
+        prepare: puts it there; gives the device nothing to do.
+        function: what is timed.
+    """
+
+    def __init__(self, prepare: Callable[[], object], function: Timed) -> None:
+        self._prepare, self._function = prepare, function
+        self.preparing = 0.0  # seconds, of all calls
+
+    def __call__(self, index: int) -> object:
+        begin = time.perf_counter()
+        self._prepare()
+        self.preparing += time.perf_counter() - begin
+        return self._function(index)
+
+
 @dataclass(frozen=True)
 class Times:
     """Seconds per call: one sample a round, and the host's share of a call."""
@@ -104,6 +123,17 @@ def wall(function: Callable[[], object], *, device: torch.device, rounds: int) -
     return Times(tuple(samples), statistics.median(samples), peak_bytes=0)
 
 
+def _seconds_of_calls(function: Timed, position: int, calls: int, sets: int) -> float:
+    """Calls it on the inputs from `position` on; returns how long that took the host."""
+    prepared = function if isinstance(function, Prepared) else None
+    prepared_before = prepared.preparing if prepared else 0.0
+    begin = time.perf_counter()
+    for index in range(position, position + calls):
+        function(index % sets)
+    seconds = time.perf_counter() - begin
+    return seconds - (prepared.preparing - prepared_before) if prepared else seconds
+
+
 class _Host:
     """A CPU, which runs a function when it is called."""
 
@@ -112,10 +142,7 @@ class _Host:
         return max(1, min(100, round(SAMPLE_SECONDS / seconds)))
 
     def sample(self, function: Timed, position: int, calls: int, sets: int) -> tuple[float, float]:
-        begin = time.perf_counter()
-        for index in range(position, position + calls):
-            function(index % sets)
-        seconds = (time.perf_counter() - begin) / calls
+        seconds = _seconds_of_calls(function, position, calls, sets) / calls
         return seconds, seconds
 
     def peak_bytes(self, function: Timed) -> int:
@@ -156,16 +183,14 @@ class _Device:
             begin, end = self._events()
             torch.cuda._sleep(int(asleep * self.cycles_per_second))
             begin.record()
-            started = time.perf_counter()
             with _no_waiting():
-                for index in range(position, position + calls):
-                    function(index % sets)
-            queued = time.perf_counter()
+                host = _seconds_of_calls(function, position, calls, sets)
+                queued = time.perf_counter()
             waited = not begin.query()
             end.record()
             end.synchronize()
             behind = time.perf_counter() - queued
-            seconds, host = begin.elapsed_time(end) * 1e-3, queued - started
+            seconds = begin.elapsed_time(end) * 1e-3
             # Where the queue is full the host waits, and takes longer than it has to.
             least = self._least_host[function] = min(host / calls, self._least_host.get(function, float("inf")))
             was_full = asleep >= 2 * least * calls

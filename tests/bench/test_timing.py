@@ -7,7 +7,7 @@ import torch
 
 from bench import ceilings
 from bench.ceilings import Ceilings
-from bench.timing import MAX_ROTATIONS, MeasurementError, Times, interleaved, rotations, wall
+from bench.timing import MAX_ROTATIONS, MeasurementError, Prepared, Times, interleaved, rotations, wall
 from bench.tokens import token_batch
 
 CPU = torch.device("cpu")
@@ -55,6 +55,23 @@ def test_short_functions_are_called_often_for_a_sample():
     assert taken.median < 1e-3
 
 
+def test_what_a_function_finds_prepared_is_not_its_time():
+    there = []
+
+    def use(index):
+        assert there.pop() == "there"
+        time.sleep(0.002)
+
+    def prepare():
+        there.append("there")
+        time.sleep(0.05)
+
+    taken = interleaved({"prepared": Prepared(prepare, use)}, sets=2, device=CPU, rounds=3)["prepared"]
+    assert min(taken.samples) >= 0.002
+    assert taken.median < 0.05
+    assert taken.host < 0.05
+
+
 def test_wall_leaves_the_first_call_out():
     durations = iter([0.05, 0.001, 0.001, 0.001])
     times = wall(lambda: time.sleep(next(durations)), device=CPU, rounds=3)
@@ -93,6 +110,15 @@ def test_a_copy_on_the_device_takes_what_its_bytes_take():
     assert 2**28 / 6e12 < taken.median < 2**28 / 1e12
     assert taken.host < taken.median
     assert taken.peak_bytes == 0
+
+
+@pytest.mark.gpu
+def test_what_a_function_finds_prepared_is_not_the_hosts_time_on_it():
+    x = torch.zeros(2**24, device="cuda")
+    prepared = Prepared(lambda: time.sleep(0.005), lambda _: x.add_(1))
+    taken = interleaved({"prepared": prepared}, sets=1, device=torch.device("cuda"), rounds=3)["prepared"]
+    assert taken.median < 0.001
+    assert taken.host < 0.005
 
 
 @pytest.mark.gpu
