@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -33,11 +32,12 @@ class Optimizers:
     weights and all state stay where they are in memory once there has been a step, so that a CUDA graph of a step
     goes on being one.
 
-    For one process alone, a step on the current GPU records itself as a CUDA graph where it finds weights, state,
-    options and gradients as the step before found them. From then on the host starts that graph alone, until one of
-    them is exchanged or moved; if that happens again and again, steps are launched as ever. What a step needs of memory
-    is the graph's. What stays in its place with another shape or dtype goes unnoticed, and so do the global switches
-    of PyTorch. Where somebody else records a step, it is part of that graph alone.
+    For one process alone, a step on the current GPU records itself as a CUDA graph where it finds weights, options and
+    gradients as the step before found them, and no other state loaded. From then on the host starts that graph alone,
+    until one of them is exchanged or moved; if that happens again and again, steps are launched as ever. What a step
+    needs of memory is the graph's. Some things go unnoticed: what stays in its place with another shape or dtype, the
+    global switches of PyTorch, and a single tensor of the state that is exchanged past `load_state_dict`; before that
+    one calls `forget`. Where somebody else records a step, it is part of that graph alone.
 
     Args:
         model: whose parameters are trained, where they are.
@@ -150,12 +150,13 @@ class Optimizers:
         options = [option for group in self.param_groups for option in group.values()]
         if any([isinstance(option, Tensor) and option.device != device for option in options]):
             return None  # a launch reads it on the host
-        states = [state for optimizer in self.all for state in optimizer.state.values()]
-        state = tuple(map(Tensor.data_ptr, itertools.chain.from_iterable(map(dict.values, states))))
-        return GraphKey(options, (where, state, self.grad_clip_norm, dispatch.chosen()))
+        # `load_state_dict` makes these anew. To look at every tensor in them, all of them long out of the CPU's caches,
+        # would be a third of the host's time.
+        states = [optimizer.state for optimizer in self.all]
+        return GraphKey([*options, *states], (where, [*map(len, states)], self.grad_clip_norm, dispatch.chosen()))
 
     def forget(self) -> None:
-        """Drops what a step recorded of itself, whose memory PyTorch can then free."""
+        """Drops what a step recorded of itself, whose memory PyTorch can then free; the next step is launched."""
         if self._graphed is not None:
             self._graphed.forget()
 

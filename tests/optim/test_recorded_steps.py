@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
@@ -102,15 +103,15 @@ def load_the_state(training: Training) -> None:
 
 def exchange_the_state(training: Training) -> None:
     for optimizer in training.optimizers.all:
-        for state in optimizer.state.values():
-            state.update({entry: 2 * tensor for entry, tensor in state.items()})
+        doubled = {p: {entry: 2 * tensor for entry, tensor in own.items()} for p, own in optimizer.state.items()}
+        optimizer.state = defaultdict(dict, doubled)
 
 
-def exchange_the_memory_of_the_state(training: Training) -> None:
+def exchange_single_tensors_of_the_state(training: Training) -> None:
+    training.optimizers.forget()
     for optimizer in training.optimizers.all:
         for state in optimizer.state.values():
-            for tensor in state.values():
-                tensor.data = 2 * tensor
+            state.update({entry: 2 * tensor for entry, tensor in state.items()})
 
 
 def exchange_the_memory_of_the_weights(training: Training) -> None:
@@ -136,7 +137,7 @@ CHANGES = (
     leave_a_gradient_out,
     load_the_state,
     exchange_the_state,
-    exchange_the_memory_of_the_state,
+    exchange_single_tensors_of_the_state,
     exchange_the_memory_of_the_weights,
     change_an_option,
     exchange_a_rate,
@@ -155,6 +156,15 @@ def test_another_choice_of_kernels_is_noticed(config, monkeypatch):
         return steps_around(lambda _: monkeypatch.setenv("GOLF_KERNELS", "reference"))(training)
 
     assert both(config, take) == [False, False, True, True, False, True, True, True]
+
+
+def test_state_that_is_gone_is_noticed(config):
+    def clear_the_state(training: Training) -> None:
+        for optimizer in training.optimizers.all:
+            optimizer.state.clear()
+
+    # as at the start it takes a step to make it
+    assert both(config, steps_around(clear_the_state)) == [False, False, True, True] * 2
 
 
 def skew_a_matrix_gradient(training: Training) -> None:
