@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
         patch.setenv("TRITON_INTERPRET", "1")
         for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "kernels")]):
             importlib.import_module(f"kernels.{module.name}")
-        importlib.import_module("interpreting").hasten()
+        importlib.import_module("interpreting").speed_up()
 
 # A check that decides whether a change lands draws the same examples each time; elsewhere every run draws new ones.
 settings.register_profile("ci", derandomize=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def hasten() -> None:
+def speed_up() -> None:
     """Takes out of Triton's interpreter what it does for nothing: half of the time that the interpreted tests take.
 
     - It replaces the language's functions by its own before a kernel runs and puts them back after it. At each call of
