@@ -125,13 +125,15 @@ def wall(function: Callable[[], object], *, device: torch.device, rounds: int) -
 
 def _seconds_of_calls(function: Timed, position: int, calls: int, sets: int) -> float:
     """Calls it on the inputs from `position` on; returns how long that took the host."""
-    prepared = function if isinstance(function, Prepared) else None
-    prepared_before = prepared.preparing if prepared else 0.0
-    begin = time.perf_counter()
+    begin, prepared = time.perf_counter(), _preparing(function)
     for index in range(position, position + calls):
         function(index % sets)
-    seconds = time.perf_counter() - begin
-    return seconds - (prepared.preparing - prepared_before) if prepared else seconds
+    return time.perf_counter() - begin - (_preparing(function) - prepared)
+
+
+def _preparing(function: Timed) -> float:
+    """Seconds that went into preparing its calls so far."""
+    return function.preparing if isinstance(function, Prepared) else 0.0
 
 
 class _Host:
